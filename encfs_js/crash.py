@@ -1,0 +1,68 @@
+"""The crash rule (FORMAT.md section 2.2): find what a power cut left at the end of a sealed file, and trim it.
+
+Only for files that were written in a run that ended uncleanly: anywhere else the same findings are integrity errors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from encfs_js.format import MAGIC, NONCE, PAGE, ZERO_PAGE, FileCipher, capacity, page_length, plain_size
+
+if TYPE_CHECKING:
+    from encfs_js.backing import Backing
+    from encfs_js.sealed import FileKeys
+
+_RUN = 256
+
+
+def pages_to_keep(io: Backing, fd: int, cipher: FileCipher | None, whole: int, rest: int) -> int:
+    """Return how many leading pages a crash left sound, of `whole` pages and `rest` bytes behind them."""
+    run = memoryview(bytearray(_RUN * PAGE))
+    for start in range(0, whole, _RUN):
+        count = io.preadv(fd, [run], start * PAGE) // PAGE
+        for i in range(min(count, whole - start)):
+            page = start + i
+            raw = run[i * PAGE : (i + 1) * PAGE]
+            length = page_length(raw, page)
+            if length == 0 and raw == ZERO_PAGE:
+                return page
+            is_last = page == whole - 1 and not rest
+            if length < capacity(page) and not is_last and cipher and cipher.authentic(raw, page) is not None:
+                return page + 1
+    return whole
+
+
+def trim(io: Backing, fd: int, keys: FileKeys) -> tuple[int, int] | None:
+    """Trim an open file to its longest good prefix and sync it. Returns plain sizes (before, after); None if sound.
+
+    A file that is not ours (it begins with neither the magic nor zeros) is left alone.
+
+    Crash points: the end mark is written before the file is cut behind it, so a second crash leaves a short page that
+    is not the last, or the finished file; both are trimmed to the same length again.
+    """
+    whole, rest = divmod(io.fstat(fd).st_size, PAGE)
+    start = _page(io, fd, 0)
+    if not start or (start[: len(MAGIC)] != MAGIC[: len(start)] and start.strip(b"\0")):
+        return None
+    cipher = keys.of(start)
+    keep = pages_to_keep(io, fd, cipher, whole, rest)
+    length, mark = 0, b""
+    if keep:
+        last = _page(io, fd, keep - 1)
+        length = page_length(last, keep - 1)
+        if length == capacity(keep - 1) and cipher and cipher.authentic(last, keep - 1) is not None:
+            mark = cipher.seal(keep, b"", keys.random(NONCE))
+    if keep == whole and not rest and not mark:
+        return None
+    if mark:
+        io.pwrite(fd, mark, keep * PAGE)
+    io.ftruncate(fd, keep * PAGE + len(mark))
+    io.fsync(fd)
+    before = plain_size(whole, length if keep == whole else capacity(whole - 1)) + rest
+    return before, plain_size(keep, length)
+
+
+def _page(io: Backing, fd: int, page: int) -> bytes:
+    raw = bytearray(PAGE)
+    return bytes(raw[: io.preadv(fd, [raw], page * PAGE)])

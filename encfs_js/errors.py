@@ -1,0 +1,150 @@
+"""Everything that can go wrong, each with its exit code and the next command to type.
+
+Exit codes are a contract: one meaning each, never reused, listed in the README (a test compares the two).
+Codes 0 (success), 1 (a bug: please report it) and 2 (usage) are the usual ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import ClassVar
+
+
+class EncfsError(Exception):
+    """An error that a person can act on: one line that names the thing, and a hint with the next command.
+
+    Never carries key material. `exit_code` is the process exit status that the command line gives it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(EncfsError):
+    """The configuration file or an option in it cannot be used."""
+
+    exit_code = 10
+
+
+class KeyMissingError(EncfsError):
+    """No key source gave a key, or the one that was named is empty or unreadable."""
+
+    exit_code = 11
+
+
+class WrongKeyError(EncfsError):
+    """The key opens no slot of the keyring. Nothing was written."""
+
+    exit_code = 12
+
+
+class KeyringDamagedError(EncfsError):
+    """Neither the keyring nor its copy can be read or authenticated."""
+
+    exit_code = 13
+
+
+class NotAStoreError(EncfsError):
+    """The directory holds no encfs_js keyring (or does not exist)."""
+
+    exit_code = 14
+
+
+class StoreNotEmptyError(EncfsError):
+    """`init` found something in the directory and was not told to keep it as existing plaintext."""
+
+    exit_code = 15
+
+
+class StoreExistsError(EncfsError):
+    """`init` found a keyring: the directory is a store already."""
+
+    exit_code = 16
+
+
+class StoreUnsuitableError(EncfsError):
+    """The file system below the store cannot carry one (overlayfs, more than one device)."""
+
+    exit_code = 17
+
+
+class StoreBusyError(EncfsError):
+    """Another process has the store mounted or is working on it."""
+
+    exit_code = 18
+
+
+class MountpointError(EncfsError):
+    """The mountpoint does not exist, is not an empty directory, or overlaps the store."""
+
+    exit_code = 19
+
+
+class MountFailedError(EncfsError):
+    """The kernel or fusermount3 refused the mount, or the daemon died while mounting."""
+
+    exit_code = 20
+
+
+class NotMountedError(EncfsError):
+    """Nothing of ours is mounted there."""
+
+    exit_code = 21
+
+
+class DamageFoundError(EncfsError):
+    """`verify` found pages that do not authenticate."""
+
+    exit_code = 22
+
+
+class MountBusyError(EncfsError):
+    """The mount has open files and was not unmounted."""
+
+    exit_code = 23
+
+
+class VersionError(EncfsError):
+    """The store was written by a later version of encfs_js, in a format this one does not know."""
+
+    exit_code = 24
+
+
+class StoreIoError(EncfsError):
+    """The operating system refused an operation on the store (permission, no space, I/O error)."""
+
+    exit_code = 25
+
+
+class GuardClosedError(EncfsError):
+    """`guard status` found a closed guard: a stream is protected from deletion because of damage."""
+
+    exit_code = 26
+
+
+class FormatError(EncfsError):
+    """Bytes that are no sealed file of this format version. Opaque on purpose, like IntegrityError."""
+
+    exit_code = 22
+
+
+class IntegrityError(OSError):
+    """A page of a sealed file does not authenticate. Says where, never why.
+
+    An OSError with errno EIO, so that code which only passes errors on does the right thing.
+
+    path: the file's path relative to the store (bytes); page: its index from 0.
+    """
+
+    def __init__(self, path: bytes, page: int) -> None:
+        super().__init__(errno.EIO, os.strerror(errno.EIO), os.fsdecode(path))
+        self.path = path
+        self.page = page
+
+    def __str__(self) -> str:
+        """Name file and page."""
+        return f"{os.fsdecode(self.path)!r} page {self.page}: does not authenticate"

@@ -1,0 +1,218 @@
+"""The loads. Each takes a fresh store, and returns its figures and what each cost: `{figure: value}, {part: cost}`.
+
+Rates are messages or bytes per second, times are seconds; report.py knows the units that are shown.
+"""
+
+import contextlib
+import mmap
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+from tests.bench import client, server
+from tests.bench.backends import mounted
+from tests.bench.meter import RunError, between, reading
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    messages: int = 300_000
+    payload: int = 512
+    window: int = 4
+    headers: bool = False
+    sync_messages: int = 2_000
+    file_mib: int = 1024
+    files: int = 3_000
+
+
+def settle():
+    """Write everything dirty to the disk, so that one run's rest is not the next one's load."""
+    os.sync()
+
+
+def drop_caches(what=3):
+    """Empty the page cache (1), names and inodes (2) or both (3); say whether that was allowed (to root only)."""
+    os.sync()
+    try:
+        with open("/proc/sys/vm/drop_caches", "w") as file:
+            file.write(str(what))
+    except PermissionError:
+        return False
+    # The server's program is not what a cold store is about.
+    with open(server.executable(), "rb") as file:
+        while file.read(MIB):
+            pass
+    return True
+
+
+def fill(store, daemon, size, bodies, *, storage="file"):
+    """Publish the whole load into a new stream; return seconds, seconds until it is on the disk, and the cost."""
+    prepared = client.chunks(size.messages, bodies, headers=size.headers)
+    with server.running(store) as nats:
+        client.create_stream(nats.port, storage)
+        settle()
+        with client.connected(nats.port) as connection:
+            connection.subscribe(client.ACKS, 1)
+            before = reading(nats.pid, daemon)
+            client.publish(connection, prepared, size.window)
+            after = reading(nats.pid, daemon)
+        if (count := client.stored(nats.port)) != size.messages:
+            raise RunError(f"the stream has {count} of {size.messages} messages: the rest was lost")
+        now = time.monotonic()
+        settle()
+        synced = after.wall - before.wall + time.monotonic() - now
+    return after.wall - before.wall, synced, between(before, after)
+
+
+def ceiling(store, size):
+    """Publish into a stream in memory: what server and client can do without any file system."""
+    took, _, cost = fill(store, None, size, client.payloads(size.payload), storage="memory")
+    return {"ceiling.rate": size.messages / took}, {"ceiling": cost}
+
+
+def jetstream(store, size):
+    """Publish, restart the server warm, restart it cold, and replay cold."""
+    bodies = client.payloads(size.payload)
+    costs = {}
+    with mounted(store) as daemon:
+        took, synced, costs["publish"] = fill(store, daemon, size, bodies)
+        settle()
+        warm, costs["restart.warm"] = server.restarted(store, size.messages, daemon)
+    with mounted(store) as daemon:
+        drop_caches()
+        cold, costs["restart.cold"] = server.restarted(store, size.messages, daemon)
+        with server.running(store) as nats, client.connected(nats.port) as connection:
+            replay = client.Replay(connection, size.messages, size.payload)
+            drop_caches()
+            before = reading(nats.pid, daemon)
+            replay.start(nats.port)
+            received = replay.receive()
+            after = reading(nats.pid, daemon)
+            replay.check(bodies)
+        costs["replay"] = between(before, after)
+    replayed = after.wall - before.wall
+    figures = {
+        "publish.rate": size.messages / took,
+        "publish.synced_rate": size.messages / synced,
+        "restart.warm": warm,
+        "restart.cold": cold,
+        "replay.rate": size.messages / replayed,
+        "replay.bytes": received / replayed,
+    }
+    return figures, costs
+
+
+def sync(store, size):
+    """Publish one message at a time with `sync_interval: always`."""
+    bodies = client.payloads(size.payload)
+    with mounted(store) as daemon, server.running(store, sync_always=True) as nats:
+        client.create_stream(nats.port)
+        settle()
+        with client.connected(nats.port) as connection:
+            connection.subscribe(client.ACKS, 1)
+            client.publish_one_by_one(connection, min(100, size.sync_messages), bodies, headers=size.headers)
+            before = reading(nats.pid, daemon)
+            latencies = client.publish_one_by_one(
+                connection, size.sync_messages, bodies, headers=size.headers
+            )
+            after = reading(nats.pid, daemon)
+    figures = {
+        "sync.p50": statistics.median(latencies),
+        "sync.p99": statistics.quantiles(latencies, n=100)[98],
+    }
+    return figures, {"sync": between(before, after)}
+
+
+def file(store, size):
+    """Write one large file in requests of 1 MiB, fsync it, and read it cold."""
+    chunk = bytearray(os.urandom(MIB))
+    # Page-aligned and touched before the clock starts, as an application's reused buffer is.
+    target = mmap.mmap(-1, MIB)
+    target.write(bytes(MIB))
+    path = os.path.join(store.directory, "large")
+    with mounted(store) as daemon:
+        settle()
+        before = reading(None, daemon)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with contextlib.closing(open(descriptor, "wb", buffering=0)) as writer:
+            for index in range(size.file_mib):
+                chunk[:8] = index.to_bytes(8, "little")
+                writer.write(chunk)
+            os.fsync(descriptor)
+        after = reading(None, daemon)
+        written = between(before, after)
+        write_wall, write_cpu = after.wall - before.wall, after.daemon - before.daemon
+    with mounted(store) as daemon:
+        drop_caches()
+        before = reading(None, daemon)
+        with open(path, "rb", buffering=0) as reader:
+            for index in range(size.file_mib):
+                chunk[:8] = index.to_bytes(8, "little")
+                if reader.readinto(target) != MIB or target[:] != chunk:
+                    raise RunError(f"MiB {index} of the file is not what was written")
+        after = reading(None, daemon)
+        read = between(before, after)
+    share = GIB / MIB / size.file_mib
+    figures = {
+        "file.write": size.file_mib * MIB / write_wall,
+        "file.read": size.file_mib * MIB / (after.wall - before.wall),
+    }
+    if store.command:
+        figures |= {
+            "file.write_cpu": write_cpu * share,
+            "file.read_cpu": (after.daemon - before.daemon) * share,
+        }
+    return figures, {"file.write": written, "file.read": read}
+
+
+def small(store, size):
+    """Create, stat, rename and unlink small files, one after the other from one thread."""
+    body = os.urandom(300)
+    figures, costs = {}, {}
+
+    def create(index):
+        descriptor = os.open(f"{index}.tmp", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(descriptor, body)
+        os.close(descriptor)
+
+    steps = {
+        "small.create": create,
+        "small.stat_cached": lambda index: os.stat(f"{index}.tmp"),
+        "small.rename": lambda index: os.rename(f"{index}.tmp", f"{index}.dat"),
+        "small.stat": lambda index: os.stat(f"{index}.dat"),
+        "small.unlink": lambda index: os.unlink(f"{index}.dat"),
+    }
+    with mounted(store) as daemon:
+        directory = os.path.join(store.directory, "small")
+        os.mkdir(directory)
+        with contextlib.chdir(directory):
+            for name, step in steps.items():
+                if name == "small.stat":
+                    drop_caches(2)
+                    os.stat("0.dat")  # the directory's own inode is not measured
+                settle()
+                before = reading(None, daemon)
+                for index in range(size.files):
+                    step(index)
+                after = reading(None, daemon)
+                figures[name] = (after.wall - before.wall) / size.files
+                costs[name] = between(before, after)
+            if left := os.listdir("."):
+                raise RunError(f"{len(left)} files are left after unlinking all")
+    return figures, costs
+
+
+LOADS = {"ceiling": ceiling, "jetstream": jetstream, "sync": sync, "file": file, "small": small}
+
+
+def applies(load, backend):
+    """Whether a load makes sense on a backend."""
+    if load == "ceiling":
+        return backend == "plain"
+    return load in {"jetstream", "sync"} or not backend.startswith("server:")
