@@ -14,7 +14,7 @@ import zlib
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MAX_HANDLE = 128
-AT_FDCWD = -100
+META = ".encfs_js"
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 FALLOC_FL_KEEP_SIZE = 1
@@ -44,8 +44,11 @@ class Backing:
     chmod = staticmethod(os.chmod)
     chown = staticmethod(os.chown)
     utime = staticmethod(os.utime)
-    listdir = staticmethod(os.listdir)
-    scandir = staticmethod(os.scandir)
+
+    @staticmethod
+    def listdir(fd: int) -> list[bytes]:
+        """Return the names in an open directory, in no order."""
+        return [os.fsencode(name) for name in os.listdir(fd)]
 
     @staticmethod
     def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
@@ -77,3 +80,31 @@ class Backing:
             raise OSError(code, os.strerror(code))
         length = struct.unpack_from("I", handle)[0]
         return zlib.crc32(handle.raw[: 8 + length])
+
+
+def sync_directory(path: str | bytes) -> None:
+    """Make the entries of a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(directory: str, name: str, data: bytes) -> None:
+    """Replace `directory/name` by `data`, mode 0600: write `name.tmp`, fsync, rename, fsync of the directory.
+
+    A crash after open, write or fsync leaves the old file and a `.tmp` that the next call overwrites; after the rename the
+    old or the new file, whole; after the last fsync the new one.
+    """
+    temporary = os.path.join(directory, name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, os.path.join(directory, name))
+    sync_directory(directory)

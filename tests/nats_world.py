@@ -61,7 +61,6 @@ class Server:
     key: str | None = None
     cipher: str | None = None
     binary: str = BINARY
-    prefix: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
     url: str = ""
     starts: int = 0
@@ -92,7 +91,7 @@ class Server:
         self.log_files.append(log)
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
-                [*self.prefix, self.binary, "-c", str(config)],
+                [self.binary, "-c", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -244,7 +243,7 @@ async def publishing(connection: Client, messages: Iterable[Message], window: in
     room = asyncio.Semaphore(window)
 
     async def answered(msg: Msg) -> None:
-        answer = json.loads(msg.data) if msg.data else {"error": "no responders"}
+        answer: dict[str, Any] = json.loads(msg.data) if msg.data else {"error": "no responders"}
         if "error" in answer:
             refused.append(answer["error"])
         else:
@@ -297,7 +296,7 @@ def streams(server: Server) -> dict[str, int]:
     """Name to number of messages of every stream there is."""
 
     async def ask(_: Client, jetstream: JetStreamContext) -> dict[str, int]:
-        return {info.config.name: info.state.messages for info in await jetstream.streams_info()}
+        return {str(info.config.name): info.state.messages for info in await jetstream.streams_info()}
 
     names: dict[str, int] = talk(server, ask)
     return names
@@ -350,8 +349,8 @@ def flood(
     """Publish to every stream at once, `window` unanswered each, until none of them is acked any more.
 
     The messages are `flood_message(stream, 0...)`. Returns for every stream which were acked: sequence to number.
-    A publisher ends with its first error answer, or when nothing has come for three seconds although the server
-    has logged a write error; silence without such a line, or no end at all, fails.
+    A publisher ends with its first error answer, or when nothing comes any more and the server has logged a
+    write error of its stream; silence without such a line, or no end at all, fails.
     """
     acked: dict[str, dict[int, int]] = {name: {} for name in names}
 
@@ -361,7 +360,7 @@ def flood(
         refused: list[Any] = []
 
         async def answered(msg: Msg) -> None:
-            answer = json.loads(msg.data) if msg.data else {"error": "no responders"}
+            answer: dict[str, Any] = json.loads(msg.data) if msg.data else {"error": "no responders"}
             if "error" in answer:
                 refused.append(answer["error"])
             else:
@@ -375,7 +374,7 @@ def flood(
                 await asyncio.wait_for(room.acquire(), 1)
             except TimeoutError:
                 silent += 1
-                if silent >= 3 and write_errors(server):
+                if any(name in line for line in write_errors(server)) and silent >= 2:
                     break
                 assert silent < 30, f"{name}: no acks, no errors, and nothing in the log:\n{server.log()}"
                 continue

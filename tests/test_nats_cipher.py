@@ -36,22 +36,22 @@ def test_one_stream_with_blocks_of_both(tmp_path: Path, how: str, first: str, se
     options = ["--cipher", second]
     if how == "config":
         config = tmp_path / "encfs-js.yaml"
-        config.write_text(f"cipher: {second}\n")
+        config.write_text(f"jetstream:\n  cipher: {second}\n")
         options = ["--config", str(config)]
-    messages = world.sample("small", 160, size=500)
+    messages = world.sample("small", 240, size=500)
     stored = [world.Stored(seq, *message) for seq, message in enumerate(messages, 1)]
 
-    # With max_bytes up to 128,000 the server makes blocks of 32,000 bytes: each half fills one and a bit.
+    # With max_bytes below 128,000 the server makes blocks of 32,000 bytes: each half fills one and a bit.
     with mounts.mounted(store, mountpoint), world.serving(mountpoint, work) as server:
-        world.add_stream(server, "SMALL", "small.>", max_bytes=128_000)
-        world.publish(server, messages[:80])
+        world.add_stream(server, "SMALL", "small.>", max_bytes=120_000)
+        world.publish(server, messages[:120])
     old = blocks(store)
     assert len(old) >= 2
     assert set(old.values()) == {first}
 
     with mounts.mounted(store, mountpoint, *options), world.serving(mountpoint, work) as server:
-        assert world.read(server, "SMALL") == stored[:80]
-        world.publish(server, messages[80:])
+        assert world.read(server, "SMALL") == stored[:120]
+        world.publish(server, messages[120:])
         assert world.read(server, "SMALL") == stored
         server.restart(kill=True)
         assert world.read(server, "SMALL") == stored

@@ -14,6 +14,7 @@ import nats_world as world
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from nats.aio.client import Client
@@ -137,14 +138,15 @@ def test_guard_keeps_a_damaged_stream(tmp_path: Path, file: str, share: float, i
     # The guard stays closed across a remount, before anything has been read.
     with mounts.mounted(store, mountpoint) as mount:
         victim = mountpoint / VICTIM
-        for attempt in (
+        attempts: list[Callable[[], object]] = [
             lambda: os.unlink(victim / "meta.sum"),
             lambda: os.rename(victim, victim.with_name("ELSEWHERE")),
             lambda: os.rename(victim / "meta.sum", victim / "meta.bak"),
             lambda: os.truncate(victim / "meta.sum", 0),
             lambda: os.rmdir(victim / "obs" / "worker"),
             lambda: os.close(os.open(victim / "meta.sum", os.O_WRONLY | os.O_TRUNC)),
-        ):
+        ]
+        for attempt in attempts:
             with pytest.raises(OSError) as refusal:
                 attempt()
             assert refusal.value.errno == errno.EROFS

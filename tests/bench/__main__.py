@@ -12,9 +12,9 @@ import time
 import traceback
 from contextlib import suppress
 
-from tests.bench import backends, loads, report, server
-from tests.bench.meter import CORES, RunError
-from tests.bench.profiler import KINDS, Profiler
+from . import backends, loads, report, server
+from .meter import CORES, RunError
+from .profiler import KINDS, Profiler
 
 QUICK = loads.Size(messages=5_000, sync_messages=50, file_mib=8, files=100)
 

@@ -10,8 +10,8 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
-from tests.bench.meter import RunError
-from tests.bench.profiler import Profiler
+from .meter import RunError
+from .profiler import Profiler
 
 SEALED = ("sealed:aes", "sealed:chachapoly")
 NAMES = ("plain", *SEALED, "server:aes", "server:chachapoly", "gocryptfs")

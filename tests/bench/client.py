@@ -10,7 +10,7 @@ import socket
 import time
 from contextlib import contextmanager
 
-from tests.bench.meter import RunError
+from .meter import RunError
 
 SUBJECT = b"bench.load"
 STREAM = "BENCH"
@@ -100,10 +100,10 @@ def request(port, api, body):
     return answer
 
 
-def create_stream(port, storage="file"):
-    """Create the stream that all loads use."""
-    config = {"name": STREAM, "subjects": ["bench.>"], "storage": storage, "retention": "limits"}
-    request(port, f"STREAM.CREATE.{STREAM}", config | {"discard": "old", "num_replicas": 1})
+def stream(port, verb, **config):
+    """Create or update (`verb`) the stream that all loads use."""
+    config = {"name": STREAM, "subjects": ["bench.>"], "retention": "limits", "num_replicas": 1} | config
+    request(port, f"STREAM.{verb}.{STREAM}", config)
 
 
 def stored(port):

@@ -66,7 +66,10 @@ def between(before, after):
 
 
 def bound(cost):
-    """Name what held a load up: `client`, `cpu`, `disk`, one thread of a process, or `latency` (none of these)."""
+    """Name what held a load up: `client`, `cpu` of the machine, `disk`, threads of daemon or server, `latency`.
+
+    The last means that nobody was busy: one waited for the other.
+    """
     wall = max(cost["wall"], 1e-6)
     if wall < 20 / TICK:
         return "too short to say"
@@ -76,6 +79,7 @@ def bound(cost):
         return "cpu"
     if cost["waiting"] / wall > 0.4:
         return "disk"
-    if cost["daemon"] / wall > 0.85:
-        return "daemon's thread"
+    for name in ("daemon", "server"):
+        if cost[name] / wall > 0.85:
+            return f"threads of the {name}"
     return "latency"

@@ -12,7 +12,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 
-from tests.bench.meter import RunError
+from .meter import RunError
 
 KINDS = ("cprofile", "perf")
 

@@ -10,8 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.bench import client
-from tests.bench.meter import RunError, process_cpu
+from .meter import RunError
 
 LISTENING = re.compile(rb"Listening for client connections on 127\.0\.0\.1:(\d+)")
 READY = b"Server is ready"
@@ -21,11 +20,10 @@ STOP_TIMEOUT = 120.0
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. `started`: monotonic time just before it was executed."""
+    """A running server."""
 
     pid: int
     port: int
-    started: float
 
 
 def executable():
@@ -53,7 +51,6 @@ def running(store, *, sync_always=False):
     with open(config, "w") as file:
         file.write('listen: "127.0.0.1:-1"\njetstream {\n  ' + "\n  ".join(settings) + "\n}\n")
     with open(log, "wb") as output:
-        started = time.monotonic()
         process = subprocess.Popen(
             [executable(), "-c", config],
             stdin=subprocess.DEVNULL,
@@ -63,7 +60,7 @@ def running(store, *, sync_always=False):
             start_new_session=True,  # a Ctrl-C at the terminal reaches this process alone, which stops the server
         )
     try:
-        yield Server(process.pid, ready(process, log), started)
+        yield Server(process.pid, ready(process, log))
         stop(process, log)
     finally:
         if process.poll() is None:
@@ -93,21 +90,3 @@ def stop(process, log):
         raise RunError(
             f"nats-server did not stop within {STOP_TIMEOUT:.0f} s of SIGTERM, see {log}"
         ) from None
-
-
-def restarted(store, messages, daemon):
-    """Start a server on a filled store; return seconds from exec to the answer that all messages are there, and CPU.
-
-    Stops it again.
-    """
-    before = process_cpu(daemon)
-    with running(store) as nats:
-        if (count := client.stored(nats.port)) != messages:
-            raise RunError(f"after a restart the stream has {count} of {messages} messages")
-        took = time.monotonic() - nats.started
-        cost = {
-            "wall": round(took, 4),
-            "server": process_cpu(nats.pid),
-            "daemon": process_cpu(daemon) - before,
-        }
-    return took, cost

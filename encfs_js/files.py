@@ -1,0 +1,319 @@
+"""The contents of a mounted store: opens backing files, applies the crash rule when one is first met, reads and writes.
+
+This is where an authentication failure gets its name: the ERROR line, the guard, and IntegrityError (EIO). Synchronous.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+from encfs_js import crash, redo
+from encfs_js.errors import IntegrityError
+from encfs_js.format import MAGIC, DamagedPageError
+from encfs_js.guard import subject
+from encfs_js.redo import PlainFile
+from encfs_js.reserve import SLACK, still_to_come
+from encfs_js.sealed import SealedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from datetime import datetime
+
+    from encfs_js.reserve import Reserve
+    from encfs_js.sealed import FileKeys
+    from encfs_js.state import State
+    from encfs_js.tree import Node, Tree
+
+log: Final = logging.getLogger("encfs_js")
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_RETRY_READ_ONLY: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+class Files:
+    """The contents below one tree.
+
+    plaintext: files that are not sealed are shown (and sealed before a change) instead of refused. state: which files a
+    crash may have touched. redo_key: the MAC key of redo files. reserve: None on a read-only mount.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        keys: FileKeys,
+        state: State,
+        redo_key: bytes,
+        reserve: Reserve | None,
+        now: Callable[[], datetime],
+        *,
+        plaintext: bool,
+        writeback: bool,
+    ) -> None:
+        self._tree = tree
+        self._io = tree.io
+        self._keys = keys
+        self._state = state
+        self._redo_key = redo_key
+        self._reserve = reserve
+        self._now = now
+        self._plaintext = plaintext
+        self._writeback = writeback
+        self._writers: set[Node] = set()
+        self._reported: set[tuple[int, int]] = set()
+        self.trimmed = 0
+        self.swept: State | None = None
+
+    # -- opening and closing
+
+    def attach(self, node: Node, *, write: bool = False) -> SealedFile | PlainFile:
+        """Return the node's content, opening its backing file if need be. Raises OSError."""
+        if node.file is not None and (node.writable or not write):
+            return node.file
+        path = self._tree.path(node)
+        fd, writable = self._open_backing(path, write)
+        found = self._io.fstat(fd)
+        if found.st_ino != node.ino or not stat.S_ISREG(found.st_mode):
+            self._io.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if node.fd >= 0:
+            self._io.close(node.fd)
+        self.adopt(node, fd, writable=writable, found=found)
+        assert node.file is not None
+        return node.file
+
+    def adopt(self, node: Node, fd: int, *, writable: bool, found: os.stat_result) -> None:
+        """Make `fd` the node's open backing file."""
+        node.fd, node.writable = fd, writable
+        try:
+            if not node.checked and writable and self._state.touched(found.st_ctime_ns):
+                self._trim(node)
+            node.checked = True
+            node.file = self._load(fd)
+        except BaseException:
+            self._io.close(fd)
+            node.fd, node.file = -1, None
+            raise
+        if node.file.damage is not None:
+            self.damaged(node, node.file.damage)
+
+    def _load(self, fd: int) -> SealedFile | PlainFile:
+        if self._plaintext:
+            start = bytearray(len(MAGIC))
+            if self._io.preadv(fd, [start], 0) and start != MAGIC:
+                return PlainFile(self._io, fd)
+        return SealedFile(self._io, fd, self._keys)
+
+    def _open_backing(self, path: bytes, write: bool) -> tuple[int, bool]:
+        """Open for reading and writing whenever that is possible: a partial page is read before it is written.
+
+        Times of access stay as they are (as with the mount option noatime); only an owner may ask for that.
+        """
+        ways = [os.O_RDWR | os.O_NOATIME, os.O_RDWR]
+        if self._reserve is None:
+            ways = [os.O_RDONLY | os.O_NOATIME, os.O_RDONLY]
+        elif not write:
+            ways += [os.O_RDONLY | os.O_NOATIME, os.O_RDONLY]
+        for i, way in enumerate(ways):
+            try:
+                fd = self._io.open(path, way | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._tree.root_fd)
+            except OSError as exc:
+                if exc.errno not in _RETRY_READ_ONLY or i == len(ways) - 1:
+                    return self._open_own(path, exc)
+            else:
+                return fd, bool(way & os.O_RDWR)
+        raise AssertionError(path)
+
+    def _open_own(self, path: bytes, refused: OSError) -> tuple[int, bool]:
+        """Open a file of our own whose mode keeps even us out; the kernel has checked the caller already."""
+        found = self._io.stat(path, dir_fd=self._tree.root_fd, follow_symlinks=False)
+        if refused.errno != errno.EACCES or found.st_uid != os.geteuid() or self._reserve is None:
+            raise refused
+        mode = stat.S_IMODE(found.st_mode)
+        self._io.chmod(path, mode | stat.S_IRUSR | stat.S_IWUSR, dir_fd=self._tree.root_fd)
+        try:
+            return self._io.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._tree.root_fd), True
+        finally:
+            self._io.chmod(path, mode, dir_fd=self._tree.root_fd)
+
+    def detach(self, node: Node) -> None:
+        """Close the backing file if no handle needs it."""
+        if node.fd >= 0 and node.opens <= 0:
+            if node.file is not None:
+                node.size = node.file.size
+            self._io.close(node.fd)
+            node.fd, node.file, node.writable, node.opens = -1, None, False, 0
+            self._tree.drop_if_gone(node)
+
+    def open(self, node: Node, *, write: bool) -> bool:
+        """Count one more handle. Returns whether its writes must go to the disk one by one, for want of room (reserve.py)."""
+        self.attach(node, write=write)
+        node.opens += 1
+        if not write or self._reserve is None:
+            return False
+        if not self._writeback or self._has_room(node):
+            node.cached_writers += 1
+            self._writers.add(node)
+            return False
+        return True
+
+    def _has_room(self, node: Node) -> bool:
+        assert self._reserve is not None
+        reserve = self._reserve
+        reserve.refill()
+        free = reserve.available() - SLACK
+        if free > (len(self._writers) + 1) * still_to_come(0):
+            return True
+        sizes = [self._io.fstat(other.fd).st_size for other in {*self._writers, node}]
+        return free > sum(still_to_come(size) for size in sizes)
+
+    def release(self, node: Node, *, cached_writer: bool) -> None:
+        """Count one handle less."""
+        node.opens -= 1
+        if cached_writer:
+            node.cached_writers -= 1
+            if node.cached_writers <= 0:
+                self._writers.discard(node)
+        self.detach(node)
+
+    def refill(self) -> None:
+        """Take the reserve back when there is room again."""
+        if self._reserve is not None:
+            self._reserve.refill()
+
+    def close_all(self) -> None:
+        """Close every backing file, at the end of a mount."""
+        for node in list(self._tree.nodes.values()):
+            node.opens = 0
+            self.detach(node)
+
+    # -- content
+
+    def size(self, node: Node) -> int:
+        """Return the plain size, from the open file or by a look at the last page."""
+        if node.file is not None:
+            return node.file.size
+        if node.size is None:
+            self.attach(node)
+            self.detach(node)
+            assert node.size is not None
+        return node.size
+
+    def read(self, node: Node, offset: int, size: int, flags: int = 0) -> memoryview:
+        """Return plain bytes, valid until the next call here. Raises IntegrityError; BlockingIOError as SealedFile.read."""
+        file = self.attach(node)
+        try:
+            return file.read(offset, size, flags)
+        except DamagedPageError as exc:
+            raise self.damaged(node, exc.page) from None
+
+    def write(self, node: Node, offset: int, data: bytes, *, cached: bool) -> int:
+        """Write, and return how much was taken. cached: the kernel has promised it already, so it is all or an error."""
+        file = self._sealed(node)
+        try:
+            done = self._write(file, offset, data, cached=cached)
+        except DamagedPageError as exc:
+            raise self.damaged(node, exc.page) from None
+        if file.wants_new_id:
+            self._rewrite(node)
+        return done
+
+    def _write(self, file: SealedFile, offset: int, data: bytes, *, cached: bool) -> int:
+        done = 0
+        try:
+            done = file.write(offset, data)
+        except OSError as exc:
+            if exc.errno not in _FULL or not cached:
+                raise
+        if done == len(data) or not cached:
+            return done
+        if self._reserve is None or not self._reserve.give_up():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        log.warning("the disk is full: the reserve of %d bytes is given up for data already accepted", self._reserve.size)
+        rest = memoryview(data)[done:]
+        if file.write(offset + done, rest) < len(rest):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(data)
+
+    def truncate(self, node: Node, size: int, most: int | None = None) -> bool:
+        """Cut or grow to `size`; growing by at most `most` bytes in one call. Returns whether `size` is reached."""
+        if size < self.size(node) and node.names:
+            self._tree.guard.check(self._tree.path(node))
+        try:
+            if size == 0:
+                return self._empty(node)
+            file = self._sealed(node)
+            if size > file.size:
+                return file.grow(size, most)
+            file.truncate(size)
+        except DamagedPageError as exc:
+            raise self.damaged(node, exc.page) from None
+        return True
+
+    def _empty(self, node: Node) -> bool:
+        file = self.attach(node, write=True)
+        if isinstance(file, PlainFile):
+            self._io.ftruncate(node.fd, 0)  # an empty file is a sealed one
+            node.file = SealedFile(self._io, node.fd, self._keys)
+        else:
+            file.truncate(0)
+        return True
+
+    def _sealed(self, node: Node) -> SealedFile:
+        file = self.attach(node, write=True)
+        if isinstance(file, PlainFile):
+            return self._rewrite(node)
+        return file
+
+    def _rewrite(self, node: Node) -> SealedFile:
+        """Seal the node's file anew, in place: a plain one before its first change, or one whose id is used up."""
+        assert node.file is not None
+        path = self._tree.path(node)
+        redo.seal_in_place(self._io, self._tree.meta_fd, self._redo_key, node.file, path, self._keys)
+        node.file = file = SealedFile(self._io, node.fd, self._keys)
+        return file
+
+    # -- damage
+
+    def damaged(self, node: Node, page: int) -> IntegrityError:
+        """Log a damaged page once, close the guard, and return the error to raise."""
+        path = self._tree.path(node) if node.names else b"(deleted)"
+        if (node.ino, page) not in self._reported:
+            self._reported.add((node.ino, page))
+            directory = b""
+            if node.names and self._reserve is not None:
+                directory = self._tree.guard.close(path, page, self._now())
+            log.error(
+                "%s page %d does not authenticate (%s); the guard is closed: nothing below %s can be removed, renamed or cut"
+                " until the file is restored from a backup, or given up, and the guard cleared"
+                " (encfs-js guard clear STORE %s)",
+                os.fsdecode(path), page, subject(directory), os.fsdecode(directory), os.fsdecode(directory),
+            )  # fmt: skip
+        return IntegrityError(path, page)
+
+    def _trim(self, node: Node) -> None:
+        sizes = crash.trim(self._io, node.fd, self._keys)
+        if sizes is not None:
+            self.trimmed += 1
+            log.warning(
+                "%s: cut from %d to %d bytes: what follows was never synced before the unclean stop",
+                os.fsdecode(self._tree.path(node)), *sizes,
+            )  # fmt: skip
+
+    def sweep(self) -> Iterator[None]:
+        """Apply the crash rule to every file that an unclean stop may have touched; yields after each directory entry."""
+        yield from self._sweep(self._tree.root)
+
+    def _sweep(self, directory: Node) -> Iterator[None]:
+        for _, name in self._tree.listing(directory):
+            try:
+                node, found = self._tree.lookup(directory, name)
+                if stat.S_ISDIR(found.st_mode):
+                    yield from self._sweep(node)
+                elif stat.S_ISREG(found.st_mode) and not node.checked and self._state.touched(found.st_ctime_ns):
+                    self.size(node)
+            except OSError as exc:
+                log.debug("sweep: %s", exc)
+            yield

@@ -1,0 +1,194 @@
+"""Replace a file's whole content without changing its inode, so that a crash leaves the old or the new one (FORMAT.md 4.4).
+
+rename(2) would do it with less writing, but gives the name another inode: hard links would part, open descriptors and the
+kernel's node ids would mean the old file, and the old plaintext would stay readable on the disk.
+
+Crash points. Until the rename of the redo file the target is untouched and the `.tmp` is removed at the next start. After
+it the new content counts, and copying it over the target can be repeated any number of times. After the target's fsync the
+redo file is of no use, and copying once more changes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import os
+import struct
+from typing import TYPE_CHECKING, Final
+
+from encfs_js.backing import FALLOC_FL_KEEP_SIZE
+from encfs_js.format import NONCE, PAGE, capacity, pages_for, plain_start
+from encfs_js.sealed import RUN_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from encfs_js.backing import Backing
+    from encfs_js.sealed import FileKeys, SealedFile
+
+MAGIC: Final = b"ENCFSJSR"
+INFO: Final = b"encfs_js redo mac v1"
+_HEAD: Final = struct.Struct("<8sQQH")
+_MAC_AT: Final = PAGE - 32
+_LONGEST_PATH: Final = 4000
+_RUN: Final = 1 << 20
+
+
+class PlainFile:
+    """A file that is not sealed yet, with the reading half of SealedFile's interface."""
+
+    __slots__ = ("_io", "damage", "fd", "size")
+
+    def __init__(self, io: Backing, fd: int) -> None:
+        self._io = io
+        self.fd = fd
+        self.damage = None
+        self.size = io.fstat(fd).st_size
+
+    def read(self, offset: int, size: int, flags: int = 0) -> memoryview:
+        """Return up to `size` bytes from `offset`; with os.RWF_NOWAIT raises BlockingIOError when they are not in memory."""
+        end = min(offset + size, self.size)
+        data = bytearray(max(end - offset, 0))
+        got = self._io.preadv(self.fd, [data], offset, flags) if data else 0
+        if got < len(data) and flags:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return memoryview(data)[:got]
+
+    def sync(self, datasync: bool) -> None:
+        """Bring the file to the disk."""
+        (self._io.fdatasync if datasync else self._io.fsync)(self.fd)
+
+
+def sealed_runs(source: PlainFile | SealedFile, keys: FileKeys) -> Iterator[memoryview]:
+    """Yield the pages of `source` sealed under a fresh file id, in runs of up to 1 MiB that are valid until the next."""
+    cipher = keys.fresh()
+    total = pages_for(source.size)
+    per_run = RUN_BYTES // PAGE
+    for first in range(0, total, per_run):
+        count = min(per_run, total - first)
+        plains: list[memoryview | bytes] = []
+        length = 0
+        for page in range(first, first + count):
+            plain = bytes(source.read(plain_start(page), capacity(page)))
+            length = len(plain)
+            plains.append(plain + bytes(capacity(page) - length))
+        cipher.seal_run(keys.buffer, first, plains, length, keys.random(NONCE * count))
+        yield keys.buffer.sealed[: count * PAGE]
+
+
+def seal_in_place(
+    io: Backing, meta_fd: int, mac_key: bytes, source: PlainFile | SealedFile, path: bytes, keys: FileKeys
+) -> None:
+    """Replace the content of the open file `source` by its sealed form under a fresh id. `path`: its path in the store.
+
+    Raises OSError (ENOSPC before anything of the target was touched) and DamagedPageError.
+    """
+    if len(path) > _LONGEST_PATH:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    ino = io.fstat(source.fd).st_ino
+    name = b"redo-%016x" % ino
+    temporary = name + b".tmp"
+    pages = pages_for(source.size)
+    try:
+        io.fallocate(source.fd, FALLOC_FL_KEEP_SIZE, 0, pages * PAGE)
+    except OSError as exc:
+        if exc.errno != errno.EOPNOTSUPP:
+            raise
+    redo = io.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=meta_fd)
+    try:
+        digest, at = hashlib.sha256(), PAGE
+        for run in sealed_runs(source, keys):
+            digest.update(run)
+            _write_all(io, redo, run, at)
+            at += len(run)
+        head = _HEAD.pack(MAGIC, ino, pages, len(path)) + path
+        head += bytes(_MAC_AT - len(head))
+        _write_all(io, redo, head + _mac(mac_key, head, digest.digest()), 0)
+        io.fsync(redo)
+    except BaseException:
+        io.close(redo)
+        io.unlink(temporary, dir_fd=meta_fd)
+        raise
+    io.rename(temporary, name, src_dir_fd=meta_fd, dst_dir_fd=meta_fd)
+    io.fsync(meta_fd)
+    try:
+        _copy(io, redo, source.fd, pages)
+    finally:
+        io.close(redo)
+    io.unlink(name, dir_fd=meta_fd)
+    io.fsync(meta_fd)
+
+
+def recover(io: Backing, root_fd: int, meta_fd: int, mac_key: bytes) -> list[str]:
+    """Finish what a crash interrupted. Returns a line for the log for every file that was finished or set aside."""
+    lines = []
+    for name in sorted(io.listdir(meta_fd)):
+        if not name.startswith(b"redo-") or name.endswith(b".orphan"):
+            continue
+        if name.endswith(b".tmp"):
+            io.unlink(name, dir_fd=meta_fd)
+            continue
+        redo = io.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=meta_fd)
+        try:
+            path = _finish(io, redo, root_fd, mac_key)
+        finally:
+            io.close(redo)
+        if path is None:
+            io.rename(name, name + b".orphan", src_dir_fd=meta_fd, dst_dir_fd=meta_fd)
+            lines.append(f"{os.fsdecode(name)} belongs to no file any more: kept as {os.fsdecode(name)}.orphan")
+        else:
+            io.unlink(name, dir_fd=meta_fd)
+            lines.append(f"{os.fsdecode(path)}: finished the rewriting that a crash had interrupted")
+        io.fsync(meta_fd)
+    return lines
+
+
+def _finish(io: Backing, redo: int, root_fd: int, mac_key: bytes) -> bytes | None:
+    head = bytearray(PAGE)
+    if io.preadv(redo, [head], 0) != PAGE:
+        return None
+    magic, ino, pages, length = _HEAD.unpack_from(head)
+    digest = hashlib.sha256()
+    run = memoryview(bytearray(_RUN))
+    for at in range(PAGE, (pages + 1) * PAGE, _RUN):
+        part = run[: min(_RUN, (pages + 1) * PAGE - at)]
+        if io.preadv(redo, [part], at) != len(part):
+            return None
+        digest.update(part)
+    if magic != MAGIC or not hmac.compare_digest(head[_MAC_AT:], _mac(mac_key, bytes(head[:_MAC_AT]), digest.digest())):
+        return None
+    path = bytes(head[_HEAD.size : _HEAD.size + length])
+    try:
+        target = io.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    except FileNotFoundError:
+        return None
+    try:
+        if io.fstat(target).st_ino != ino:
+            return None
+        _copy(io, redo, target, pages)
+    finally:
+        io.close(target)
+    return path
+
+
+def _copy(io: Backing, redo: int, target: int, pages: int) -> None:
+    run = memoryview(bytearray(_RUN))
+    for at in range(0, pages * PAGE, _RUN):
+        part = run[: min(_RUN, pages * PAGE - at)]
+        if io.preadv(redo, [part], at + PAGE) != len(part):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        _write_all(io, target, part, at)
+    io.ftruncate(target, pages * PAGE)
+    io.fsync(target)
+
+
+def _write_all(io: Backing, fd: int, data: bytes | memoryview, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = io.pwrite(fd, view, at)
+        view, at = view[done:], at + done
+
+
+def _mac(mac_key: bytes, head: bytes, digest: bytes) -> bytes:
+    return hmac.digest(mac_key, head + digest, "sha256")

@@ -1,0 +1,125 @@
+"""Who has the store, whether the last run ended cleanly, and which files a crash may have touched (FORMAT.md 4.1, 4.2)."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hmac
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from encfs_js.backing import META, replace_file
+from encfs_js.errors import StoreBusyError
+
+if TYPE_CHECKING:
+    from encfs_js.keyring import Keys
+
+_FORMAT: Final = "encfs_js state"
+_INFO: Final = b"encfs_js state mac v1"
+HOUR_NS: Final = 3600 * 10**9
+_MOST_WINDOWS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What `.encfs_js/state` says. Times in ns since 1970; `windows` are the runs that ended uncleanly, [from, to]."""
+
+    clean: bool
+    began: int
+    windows: tuple[tuple[int, int], ...]
+
+    def touched(self, ctime_ns: int) -> bool:
+        """Tell whether a file of that ctime may show what a crash left. An hour is allowed for clock steps."""
+        return any(low - HOUR_NS <= ctime_ns <= high + HOUR_NS for low, high in self.windows)
+
+
+def lock(store: str, mountpoint: str, since: str) -> int:
+    """Take the store for writing. Returns the descriptor that holds it; closing it gives the store back.
+
+    Raises StoreBusyError, which says who holds it.
+    """
+    path = os.path.join(store, META, "lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        who = holder(store) or {}
+        at = f" at {who['mountpoint']}" if who.get("mountpoint") else ""
+        raise StoreBusyError(
+            f"{store} is in use by process {who.get('pid', '(unknown)')}{at} since {who.get('since', '(unknown)')}",
+            hint=f"encfs-js umount {who.get('mountpoint') or 'MOUNTPOINT'}",
+        ) from None
+    entry = {"pid": os.getpid(), "host": socket.gethostname(), "mountpoint": mountpoint, "since": since}
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(entry).encode() + b"\n", 0)
+    return fd
+
+
+def holder(store: str) -> dict[str, object] | None:
+    """Return what the lock's holder wrote (pid, host, mountpoint, since), or None when nobody holds it."""
+    try:
+        fd = os.open(os.path.join(store, META, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        try:
+            entry = json.loads(os.pread(fd, 4096, 0))
+        except ValueError:
+            entry = {}
+        return entry if isinstance(entry, dict) else {}
+    else:
+        return None
+    finally:
+        os.close(fd)
+
+
+def load(store: str, keys: Keys) -> State:
+    """Read and authenticate the state. Missing or not authentic: a clean stop without windows (FORMAT.md says why)."""
+    nothing = State(clean=True, began=0, windows=())
+    try:
+        with open(os.path.join(store, META, "state"), "rb") as file:
+            document = json.load(file)
+        mac = base64.b64decode(document.pop("mac"), validate=True)
+        if not hmac.compare_digest(mac, _mac(document, keys)):
+            return nothing
+        windows = tuple((int(low), int(high)) for low, high in document["windows"])
+        return State(bool(document["clean"]), int(document["began"]), windows)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return nothing
+
+
+def save(store: str, keys: Keys, state: State) -> None:
+    """Replace the state, atomically and synced."""
+    document: dict[str, object] = {
+        "format": _FORMAT,
+        "version": 1,
+        "clean": state.clean,
+        "began": state.began,
+        "windows": [list(window) for window in state.windows],
+    }
+    document["mac"] = base64.b64encode(_mac(document, keys)).decode()
+    replace_file(os.path.join(store, META), "state", json.dumps(document).encode() + b"\n")
+
+
+def begin(store: str, keys: Keys, now_ns: int) -> State:
+    """Note that a run begins, before it changes anything. Returns its state; an unclean stop before it adds a window."""
+    last = load(store, keys)
+    windows = last.windows
+    if not last.clean:
+        windows = (*windows, (last.began, now_ns))
+    if len(windows) > _MOST_WINDOWS:
+        windows = ((min(low for low, _ in windows), max(high for _, high in windows)),)
+    state = State(clean=False, began=now_ns, windows=windows)
+    save(store, keys, state)
+    return state
+
+
+def _mac(document: dict[str, object], keys: Keys) -> bytes:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    return hmac.digest(keys.derive(_INFO), keys.store_id + canonical, "sha256")

@@ -1,0 +1,43 @@
+"""The rooms of the package import only downwards, and foreign libraries stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import os
+
+import encfs_js
+import pytest
+
+# From the bottom up. A new room must be given its place here.
+ROOMS = (
+    "__init__ errors format backing keydocument keyring keysource config sealed crash redo state guard reserve tree files "
+    "attributes fs mount inspect verify cli __main__"
+).split()
+ONLY = {"pyfuse3": {"fs", "attributes", "mount"}, "trio": {"fs", "attributes", "mount"}, "click": {"cli"}}
+PACKAGE = os.path.dirname(encfs_js.__file__)
+FOUND = sorted(name.removesuffix(".py") for name in os.listdir(PACKAGE) if name.endswith(".py"))
+
+
+def imports(room: str) -> set[str]:
+    """Return what a room imports anywhere in it, also inside functions and for types only."""
+    with open(os.path.join(PACKAGE, f"{room}.py"), encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide where they lead"
+            rooms_of_package = node.module == "encfs_js"
+            found |= {f"encfs_js.{alias.name}" for alias in node.names} if rooms_of_package else {str(node.module)}
+    return found
+
+
+@pytest.mark.parametrize("room", FOUND)
+def test_a_room_imports_only_rooms_below_it(room: str) -> None:
+    assert room in ROOMS, f"{room} has no place in ROOMS"
+    for name in imports(room):
+        first, _, rest = name.partition(".")
+        if first == "encfs_js" and rest in FOUND:
+            assert ROOMS.index(rest) < ROOMS.index(room), f"{room} imports {rest}, which is not below it"
+        assert room in ONLY.get(first, {room}), f"{room} imports {first}"
