@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 import trio
 
-from encfs_js import errors, redo, state
+from encfs_js import errors, redo, session, state
 from encfs_js.backing import Backing
 from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAStoreError, StoreUnsuitableError
 from encfs_js.files import Files
@@ -36,6 +36,8 @@ log: Final = logging.getLogger("encfs_js")
 FS_TYPE: Final = "fuse.encfs_js"
 _RETRY_UNMOUNT: Final = 0.5
 _HOUSEKEEPING: Final = 5.0
+# Each may wait for a disk (a sync, a cold read) while the others go on; each has a buffer of 1 MiB.
+_TASKS: Final = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,7 @@ def _serve(options: Options, keys: Keys, ready: int | None) -> int:
         plaintext=keys.settings.plaintext == "read", writeback=options.writeback,
     )  # fmt: skip
     operations = Operations(tree, files, writeback=options.writeback, read_only=options.read_only)
+    before = session.fuse_descriptors()
     try:
         pyfuse3.init(operations, options.mountpoint, _fuse_options(options))
     except RuntimeError:
@@ -240,6 +243,8 @@ def _serve(options: Options, keys: Keys, ready: int | None) -> int:
             f"{options.mountpoint}: the kernel or fusermount3 refused the mount",
             hint="look at the line above; encfs-js mount needs /dev/fuse and the package fuse3",
         ) from None
+    for fd in session.fuse_descriptors() - before:
+        session.answer_promptly(fd)
     _tune(options.mountpoint)
     log.info("%s mounted at %s, %s, epoch %d", options.store, options.mountpoint, file_keys.suite.label, file_keys.epoch)
     try:
@@ -303,7 +308,7 @@ async def _main(options: Options, keys: Keys, files: Files, run: state.State, re
             _detach_from_terminal()
             os.write(ready, b"ready")
             os.close(ready)
-        await pyfuse3.main()
+        await pyfuse3.main(max_tasks=_TASKS)
         nursery.cancel_scope.cancel()
 
 

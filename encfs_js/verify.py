@@ -197,7 +197,7 @@ class _File:
         return pages_to_keep(self._io, self._fd, self.cipher, self.whole, self.rest)
 
     def check(self) -> list[int]:
-        """Return, ascending, every page that a reader must refuse; [0] alone when the header is no header."""
+        """Return, ascending, every page that a reader must refuse; of a file with a bad header, only both ends."""
         damaged: list[int] = []
         page = singly = 0
         while page < self.pages:
@@ -217,7 +217,7 @@ class _File:
                 continue
             self.last_length = 0
             if self.cipher is None:
-                return [0]
+                return [0, self.whole] if self.rest and self.whole else [0]
             damaged.append(self._refused(page))
             page += 1
         return damaged
@@ -263,9 +263,8 @@ class _File:
         except OSError:
             return page
         length = self.cipher.authentic(raw, page) if self.cipher and len(raw) == PAGE else None
-        if length is None:
-            return page
         if length == capacity(page):
-            return page + 1
-        self.short.add(page)
+            return page + 1 if page == self.whole - 1 else page
+        if length is not None:
+            self.short.add(page)
         return page

@@ -1,15 +1,15 @@
 """Make the golden vectors in tests/vectors/sealed: `python tests/make_vectors.py`. The result is the same every time.
 
-The pages are sealed here with `cryptography` and by FORMAT.md, not with the package: what the vectors say must not depend on
-the code that they test. A change in a vector is a change of the format.
+The pages are sealed here with `cryptography` and by FORMAT.md, not with the package: what the vectors say must not
+depend on the code that they test. A change in a vector is a change of the format.
 
-A vector is a JSON object: `why` (what it shows), `volume_keys` (by epoch, hex), `clean` (how the last run stopped), `expect`,
-`file` (base64 of zlib), and by the outcome:
+A vector is a JSON object: `why` (what it shows), `volume_keys` (by epoch, hex), `clean` (how the last run stopped),
+`expect`, `file` (base64 of zlib), and by the outcome:
 
     success     plain_size, plain_sha256
     integrity   page: the first that a reader must refuse, reading from the start
-    trimmed     sealed_before, sealed_after, plain_size, plain_sha256: what the crash rule makes of it; page: what a reader
-                must refuse without an unclean stop. `plain_sha256` is null where a damaged page stays.
+    trimmed     sealed_before, sealed_after, plain_size, plain_sha256: what the crash rule makes of it; page: what a
+                reader must refuse without an unclean stop. `plain_sha256` is null where a damaged page stays.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ ZERO = bytes(PAGE)
 
 
 def header(
-    suite: int, epoch: int = 1, file_id: bytes = ID, *, magic: bytes = b"ENCFSJS1", flags: int = 0, zero: int = 0
+    suite: int,
+    epoch: int = 1,
+    file_id: bytes = ID,
+    *,
+    magic: bytes = b"ENCFSJS1",
+    flags: int = 0,
+    zero: int = 0,
 ) -> bytes:
     return struct.pack("<8sBBHI16s", magic, suite, flags, zero, epoch, file_id)
 
@@ -132,15 +138,25 @@ def good(suite: int) -> Iterator[Vector]:
     head, name = header(suite), NAMES[suite]
     for size in (1, 4031, 4032, 4033, 8095, 8096):
         plain = text(size)
-        yield Vector(f"{name}-{size}", f"{size} plain bytes", join(seal_all(head, plain)), "success", plain=plain)
+        yield Vector(
+            f"{name}-{size}", f"{size} plain bytes", join(seal_all(head, plain)), "success", plain=plain
+        )
     plain = text(5000)
     other = header(suite, epoch=2)
-    yield Vector(f"{name}-epoch-2", "the second volume key", join(seal_all(other, plain)), "success", plain=plain)
     yield Vector(
-        f"{name}-zeros", "a file that grew: sealed zeros", join(seal_all(head, bytes(4100))), "success", plain=bytes(4100)
+        f"{name}-epoch-2", "the second volume key", join(seal_all(other, plain)), "success", plain=plain
+    )
+    yield Vector(
+        f"{name}-zeros",
+        "a file that grew: sealed zeros",
+        join(seal_all(head, bytes(4100))),
+        "success",
+        plain=bytes(4100),
     )
     padded = seal(head, 0, plain[:100], padding=b"behind the length")
-    yield Vector(f"{name}-behind-length", "what lies behind length is ignored", padded, "success", plain=plain[:100])
+    yield Vector(
+        f"{name}-behind-length", "what lies behind length is ignored", padded, "success", plain=plain[:100]
+    )
     old, new = text(5000, "old"), text(5000, "new")
     mixed = join([seal_all(head, new, 1)[0], seal_all(head, old)[1]])
     yield Vector(
@@ -191,7 +207,9 @@ def bad_headers(suite: int) -> Iterator[Vector]:
     yield refused("header-zeros", "the header is zeros, the page is not", bytes(32) + body)
     pages = seal_all(head, text(5000))
     yield refused(
-        "header-of-another", "two pages, the header of another file", header(suite, file_id=OTHER_ID) + join(pages)[32:]
+        "header-of-another",
+        "two pages, the header of another file",
+        header(suite, file_id=OTHER_ID) + join(pages)[32:],
     )
 
 
@@ -207,10 +225,18 @@ def bad_pages(suite: int) -> Iterator[Vector]:
         return refused(what, why, [full, seal(head, 1, plain[4032:], **wrong)], 1)
 
     part = len(plain) - 4032
-    yield second("bound-to-index-2", "page 1 is bound to index 2", bound=head + struct.pack("<QHH", 2, part, 0))
-    yield second("bound-to-other-header", "bound to another header", bound=other + struct.pack("<QHH", 1, part, 0))
-    yield second("bound-to-other-length", "bound to another length", bound=head + struct.pack("<QHH", 1, part + 1, 0))
-    yield second("big-endian", "a big-endian index", bound=head + struct.pack(">Q", 1) + struct.pack("<HH", part, 0))
+    yield second(
+        "bound-to-index-2", "page 1 is bound to index 2", bound=head + struct.pack("<QHH", 2, part, 0)
+    )
+    yield second(
+        "bound-to-other-header", "bound to another header", bound=other + struct.pack("<QHH", 1, part, 0)
+    )
+    yield second(
+        "bound-to-other-length", "bound to another length", bound=head + struct.pack("<QHH", 1, part + 1, 0)
+    )
+    yield second(
+        "big-endian", "a big-endian index", bound=head + struct.pack(">Q", 1) + struct.pack("<HH", part, 0)
+    )
     yield second("bound-to-nothing", "no associated data", bound=b"")
     yield second("volume-key", "sealed with the volume key itself", key=VOLUME_KEYS[1])
     yield second(
@@ -219,15 +245,28 @@ def bad_pages(suite: int) -> Iterator[Vector]:
         key=hkdf(VOLUME_KEYS[1], b"encfs_js file key v1", salt=ID),
     )
     yield second("sealed-zero-field", "the page's zero field, authentic with it", zero=1)
-    yield second("too-long-4065", "length beyond the capacity, authentic", length=4065, padding=text(4064 - part))
+    yield second(
+        "too-long-4065", "length beyond the capacity, authentic", length=4065, padding=text(4064 - part)
+    )
     yield second("too-long-65535", "the greatest length, authentic", length=65535)
-    yield refused("too-long-4033", "length beyond page 0's capacity", [seal(head, 0, text(4032), length=4033)], 0)
-    yield refused("too-long-4064", "page 0 has less room than the others", [seal(head, 0, text(4032), length=4064)], 0)
+    yield refused(
+        "too-long-4033", "length beyond page 0's capacity", [seal(head, 0, text(4032), length=4033)], 0
+    )
+    yield refused(
+        "too-long-4064", "page 0 has less room than the others", [seal(head, 0, text(4032), length=4064)], 0
+    )
     yield refused(
         "epochs-mixed", "page 1 is of epoch 2", [full, seal(header(suite, epoch=2), 1, plain[4032:])], 1
     )
     yield refused("page-of-another", "page 1 of another file", [full, seal(other, 1, plain[4032:])], 1)
-    for what, at in (("nonce", 0), ("length", 12), ("zero", 14), ("text", 16), ("behind-length", 4000), ("tag", 4095)):
+    for what, at in (
+        ("nonce", 0),
+        ("length", 12),
+        ("zero", 14),
+        ("text", 16),
+        ("behind-length", 4000),
+        ("tag", 4095),
+    ):
         yield refused(f"flip-{what}-1", f"a bit of page 1: {what}", [full, flip(last, at, at % 8)], 1)
         at_0 = at if at == 4095 else at + 32
         yield refused(f"flip-{what}-0", f"a bit of page 0: {what}", [flip(full, at_0, at % 8), last], 0)
@@ -257,10 +296,14 @@ def bad_files(suite: int) -> Iterator[Vector]:
     yield refused("zero-behind-end", "zeros behind the end mark", [a, seal(head, 1, b""), ZERO], 1)
     yield refused("after-end", "a page behind a short one", [a, seal(head, 1, plain[4032:5000]), c], 1)
     for size in (1, 8, 31, 32, 47, 48, 63, 64, 2048, 4095):
-        yield refused(f"cut-0-{size}", f"page 0 is cut after {size} bytes", [seal(head, 0, plain[:50])[:size]], 0)
+        yield refused(
+            f"cut-0-{size}", f"page 0 is cut after {size} bytes", [seal(head, 0, plain[:50])[:size]], 0
+        )
     for size in (1, 15, 16, 31, 32, 4095):
         yield refused(f"cut-1-{size}", f"page 1 is cut after {size} bytes", [a, b[:size]], 1)
-    yield refused("cut-behind-end", "a cut page behind a short one", [a, seal(head, 1, plain[4032:5000]), c[:9]], 1)
+    yield refused(
+        "cut-behind-end", "a cut page behind a short one", [a, seal(head, 1, plain[4032:5000]), c[:9]], 1
+    )
     yield refused("byte-more", "one byte behind the end", [seal(head, 0, plain[:50]), b"\0"], 0)
 
 
@@ -274,9 +317,18 @@ def unclean(suite: int) -> Iterator[Vector]:
     alone = seal(head, 0, plain[:4032])
     damaged_1 = flip(b, 500)
 
-    def trimmed(what: str, why: str, pages: Sequence[bytes], page: int, after: int, size: int) -> Vector:
+    def trimmed(what: str, why: str, pages: Sequence[bytes], page: int, *stays: int) -> Vector:
+        after, size = stays
         return Vector(
-            f"{name}-trim-{what}", why, join(pages), "trimmed", page, plain[:size], None, after * PAGE, clean=False
+            f"{name}-trim-{what}",
+            why,
+            join(pages),
+            "trimmed",
+            page,
+            plain[:size],
+            None,
+            after * PAGE,
+            clean=False,
         )
 
     yield trimmed("full-0", "(a) one full page", [alone], 1, 2, 4032)
@@ -290,14 +342,18 @@ def unclean(suite: int) -> Iterator[Vector]:
     yield trimmed("zero-1", "(c) page 1 is zeros, page 0 gets an end mark", [a, ZERO, c], 1, 2, 4032)
     yield trimmed("zero-2", "(c) the last page is zeros", [a, b, ZERO], 2, 3, 8096)
     yield trimmed("short-zero", "(b) before (c)", [a, short_1, ZERO], 1, 2, 5000)
-    yield trimmed("zero-short", "(c) before (b)", [a, ZERO, seal(head, 2, b"x"), seal(head, 3, b"")], 1, 2, 4032)
+    yield trimmed(
+        "zero-short", "(c) before (b)", [a, ZERO, seal(head, 2, b"x"), seal(head, 3, b"")], 1, 2, 4032
+    )
     yield trimmed("cut-0", "(d) page 0 is cut", [a[:777]], 0, 0, 0)
     yield trimmed("cut-0-in-magic", "(d) page 0 is cut in its magic", [a[:5]], 0, 0, 0)
     yield trimmed("cut-1", "(d) page 1 is cut, page 0 gets an end mark", [a, b[:777]], 1, 2, 4032)
     yield trimmed("cut-2", "(d) page 2 is cut", [a, b, c[:1]], 2, 3, 8096)
     yield trimmed("cut-zeros", "(d) a cut page of zeros", [a, bytes(100)], 1, 2, 4032)
     yield trimmed("short-cut", "(b) before (d)", [a, short_1, c[:4095]], 1, 2, 5000)
-    yield trimmed("damage-behind", "damage behind a short page goes with the rest", [a, short_1, flip(c, 9)], 1, 2, 5000)
+    yield trimmed(
+        "damage-behind", "damage behind a short page goes with the rest", [a, short_1, flip(c, 9)], 1, 2, 5000
+    )
     yield Vector(
         f"{name}-trim-damage-before",
         "damage does not end the scan, and stays",
@@ -313,8 +369,18 @@ def unclean(suite: int) -> Iterator[Vector]:
         ("damage-last", "a damaged last page is no trace of a crash", [a, damaged_1], 1),
         ("damage-middle", "a damaged page before the last is none either", [a, damaged_1, c], 1),
         ("damage-0", "a damaged page 0 is none either", [flip(a, 500), b, c], 0),
-        ("other-header", "another file's header is none either", [header(suite, file_id=OTHER_ID) + a[32:], b, c], 0),
-        ("page-of-another", "a page of another file is none", [a, seal(header(suite, file_id=OTHER_ID), 1, b"x")], 1),
+        (
+            "other-header",
+            "another file's header is none either",
+            [header(suite, file_id=OTHER_ID) + a[32:], b, c],
+            0,
+        ),
+        (
+            "page-of-another",
+            "a page of another file is none",
+            [a, seal(header(suite, file_id=OTHER_ID), 1, b"x")],
+            1,
+        ),
     ):
         yield Vector(f"{name}-unclean-{what}", why, join(pages), "integrity", page, clean=False)
     for size in (1, 4032, 8300):

@@ -26,12 +26,13 @@ ROOT = 0
 
 @dataclass(frozen=True, slots=True)
 class Enter:
-    """A name appeared: create, link, mkdir, symlink, mknod. mode: st_mode of what it names."""
+    """A name appeared: create, link, mkdir, symlink, mknod. mode, inode: st_mode and st_ino of what it names."""
 
     directory: int
     name: bytes
     file: int
     mode: int
+    inode: int
     target: bytes = b""
 
 
@@ -116,14 +117,14 @@ class Recording(Backing):
     """Records what happens below `root`, into `ops` and, if `sink` is given, into that file as well, call by call.
 
     Calls may come from several threads: everything that changes something is done and recorded under one lock, but
-    for the syncs, during which others go on.
+    for the syncs, during which others go on. sync: False saves the time of real syncs; the record is the same.
     """
 
-    def __init__(self, root: str | Path, sink: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path, sink: str | Path | None = None, *, sync: bool = True) -> None:
         self.root = os.fspath(root)
+        self._really = sync
         self.ops: list[Op] = []
-        self.calls: set[str] = set()
-        self._files: dict[tuple[int, int], int] = {}
+        self.numbers: dict[tuple[int, int], int] = {}
         self._next = 0
         self._lock = threading.RLock()
         self._sink = -1
@@ -147,7 +148,6 @@ class Recording(Backing):
 
     def _note(self, op: Op) -> int:
         self.ops.append(op)
-        self.calls.add(type(op).__name__)
         self._put(op)
         return len(self.ops) - 1
 
@@ -156,14 +156,14 @@ class Recording(Backing):
             return self._note(Mark(text))
 
     def _new(self, found: os.stat_result) -> int:
-        number = self._files[found.st_dev, found.st_ino] = self._next
+        number = self.numbers[found.st_dev, found.st_ino] = self._next
         self._next += 1
         return number
 
     def number(self, file: int | str | bytes, dir_fd: int | None = None) -> int:
         """The number of an open or a named file. A KeyError says that it was made behind this object's back."""
         found = os.fstat(file) if isinstance(file, int) else os.stat(file, dir_fd=dir_fd, follow_symlinks=False)
-        return self._files[found.st_dev, found.st_ino]
+        return self.numbers[found.st_dev, found.st_ino]
 
     def _there(self, path: str | bytes, dir_fd: int | None) -> int | None:
         with suppress(FileNotFoundError):
@@ -173,20 +173,20 @@ class Recording(Backing):
     def _place(self, path: str | bytes, dir_fd: int | None) -> tuple[int, bytes]:
         directory, name = os.path.split(os.fsencode(path))
         found = os.stat(directory or b".", dir_fd=dir_fd)
-        return self._files[found.st_dev, found.st_ino], name
+        return self.numbers[found.st_dev, found.st_ino], name
 
     def _entered(self, path: str | bytes, dir_fd: int | None, target: bytes = b"") -> None:
         found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
-        self._note(Enter(*self._place(path, dir_fd), self._new(found), found.st_mode, target))
+        self._note(Enter(*self._place(path, dir_fd), self._new(found), found.st_mode, found.st_ino, target))
 
     def _snapshot(self, path: str, directory: int) -> None:
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 found = entry.stat(follow_symlinks=False)
                 target = os.fsencode(os.readlink(entry.path)) if entry.is_symlink() else b""
-                known = self._files.get((found.st_dev, found.st_ino))
+                known = self.numbers.get((found.st_dev, found.st_ino))
                 number = self._new(found) if known is None else known
-                self._note(Enter(directory, os.fsencode(entry.name), number, found.st_mode, target))
+                self._note(Enter(directory, os.fsencode(entry.name), number, found.st_mode, found.st_ino, target))
                 if entry.is_dir(follow_symlinks=False):
                     self._snapshot(entry.path, number)
                 elif stat.S_ISREG(found.st_mode) and known is None:
@@ -235,7 +235,8 @@ class Recording(Backing):
         with self._lock:
             file = self.number(fd)
             began = self._note(SyncBegin(file))
-        call(fd)
+        if self._really:
+            call(fd)
         with self._lock:
             self._note(Sync(file, began, data))
 
@@ -258,8 +259,8 @@ class Recording(Backing):
         with self._lock:
             os.link(src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, follow_symlinks=follow_symlinks)
             found = os.stat(dst, dir_fd=dst_dir_fd, follow_symlinks=False)
-            file = self._files[found.st_dev, found.st_ino]
-            self._note(Enter(*self._place(dst, dst_dir_fd), file, found.st_mode))
+            file = self.numbers[found.st_dev, found.st_ino]
+            self._note(Enter(*self._place(dst, dst_dir_fd), file, found.st_mode, found.st_ino))
 
     def unlink(self, path, *, dir_fd=None):
         self._leave(os.unlink, path, dir_fd)

@@ -136,6 +136,9 @@ class FailingDisk(Backing):
         self.after = after
         self.calls: list[str] = []
 
+    def __repr__(self) -> str:
+        return f"FailingDisk({self.at}, {self.error}, {self.taken}, after={self.after})"
+
     def _fails(self, name: str) -> bool:
         self.calls.append(name)
         return len(self.calls) == self.at

@@ -77,18 +77,18 @@ def check(server: world.Server, made: World) -> None:
     assert world.read(server, "ORDERS") == as_stored(made.orders)
     assert world.read(server, "LOGS") == as_stored(made.logs)
 
-    async def look(
-        _: Client, jetstream: JetStreamContext
-    ) -> tuple[dict[str, list[bytes | None]], bytes | None]:
-        bucket = await jetstream.key_value("settings")
-        values: dict[str, list[bytes | None]] = {}
-        for key in made.values:
-            entries = await bucket.history(key)
-            values[key] = [None if entry.operation == "DEL" else entry.value for entry in entries]
-        objects = await jetstream.object_store("files")
-        return values, (await objects.get("image")).data
+    values: dict[str, list[bytes | None]] = {key: [] for key in made.values}
+    for entry in world.read(server, "KV_settings"):
+        deleted = (entry.headers or {}).get("KV-Operation") == "DEL"
+        values[entry.subject.removeprefix("$KV.settings.")].append(None if deleted else entry.payload)
 
-    values, image = world.talk(server, look)
+    async def look(_: Client, jetstream: JetStreamContext) -> tuple[bytes | None, bytes | None]:
+        bucket = await jetstream.key_value("settings")
+        objects = await jetstream.object_store("files")
+        return (await bucket.get("key-6")).value, (await objects.get("image")).data
+
+    latest, image = world.talk(server, look)
+    assert latest == made.values["key-6"][-1]
     assert values == made.values
     assert image == made.image
 

@@ -86,7 +86,7 @@ def test_plain_store_goes_on_sealed(tmp_path: Path, cipher: str) -> None:
                 bucket = await jetstream.key_value("settings")
                 assert (await bucket.get("colour")).value == OLD
                 await bucket.put("colour", NEW)
-                await jetstream.delete_msg("ORDERS", 1)  # a tombstone: the last block changes
+                await jetstream.delete_msg("ORDERS", 1)  # erased: the server rewrites the whole first block
 
             world.talk(server, replace)
             assert world.read(server, "ORDERS") == as_stored(messages + more)[1:]
@@ -95,9 +95,10 @@ def test_plain_store_goes_on_sealed(tmp_path: Path, cipher: str) -> None:
             assert world.consume(server, "ORDERS", "worker", 460) == as_stored(messages + more)[100:]
     no_new_plaintext(store, before)
     blocks = store / STREAM / "msgs"
-    assert (blocks / "1.blk").read_bytes() == before[f"{STREAM}/msgs/1.blk"], (
-        "nobody had a reason to touch this one"
+    assert (blocks / "2.blk").read_bytes() == before[f"{STREAM}/msgs/2.blk"], (
+        "nobody had a reason to touch it"
     )
+    assert mounts.suite_of(blocks / "1.blk") == cipher
     assert mounts.suite_of(blocks / "3.blk") == cipher
     assert mounts.suite_of(store / "jetstream/$G/streams/FRESH/msgs/1.blk") == cipher
 

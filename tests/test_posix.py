@@ -365,7 +365,7 @@ def test_chmod_by_others(both: Pair) -> None:
 
 def test_set_id_bits_end_with_a_change_of_the_data(both: Pair) -> None:
     """By everyone but root, through write, truncate, O_TRUNC and mappings, for executable files and others."""
-    for mode, who in itertools.product((0o4777, 0o2777, 0o6777, 0o2767, 0o6766, 0o1777), (ROOT, A, B)):
+    for mode, who in itertools.product((0o4777, 0o2777, 0o6777, 0o4766, 0o1777), (ROOT, A, B)):
         for how in ("write", "truncate", "ftruncate", "trunc", "append", "map", "same size", "empty write"):
             both.create("n0", 0o644)
             both.put("n0", 1, 100)
@@ -623,6 +623,8 @@ def test_creation_times(both: Pair) -> None:
         both.symlink("x", "d/n2", by=A, want="EACCES")
         both.chmod("d", 0o777)
         remove(both, kind, "d/n0")
+        if kind not in ("block", "char"):
+            remove(both, kind, "d/n1")
     both.create("d/f")
     both.open("d/f", os.O_CREAT | os.O_RDWR)
     both.open("d/f", os.O_CREAT | os.O_RDWR | os.O_EXCL)
@@ -974,15 +976,20 @@ def test_rename_needs_write_access_to_both(both: Pair) -> None:
                     both.rmdir(f"{folder}/n")
 
 
-def test_documented_whiteouts_are_refused(both: Pair, pair: Pair) -> None:
-    """RENAME_WHITEOUT (for overlay file systems alone): FUSE answers EINVAL, and nothing has changed."""
-    make(both, "regular", "n0")
-    left, right = (worker.ask("renameat2", ("n0", "n1", RENAME_WHITEOUT), {}) for worker in roots(pair))
-    assert left == ("ok", None)
-    assert right == ("error", "EINVAL")
-    for worker, name in zip(roots(pair), ("n1", "n0"), strict=True):
-        assert worker.ask("rename", (name, "n2"), {}) == ("ok", None)
-    assert roots(pair)[0].ask("unlink", ("n0",), {}) == ("ok", None)
+def test_rename_leaves_a_whiteout(both: Pair) -> None:
+    """RENAME_WHITEOUT, which overlay file systems use: a 0:0 device stands where the name was."""
+    both.put("n0", 1, 5000)
+    both.renameat2("n0", "n1", RENAME_WHITEOUT, want="ok")
+    assert both.lstat("n0")["rdev"] == (0, 0)
+    both.renameat2("n1", "n0", RENAME_WHITEOUT, want="ok")
+    both.open("n0", os.O_RDONLY, fd="f")
+    both.pread("f", 60, 4940)
+    both.unlink("n1")
+    both.mkdir("d")
+    both.renameat2("d", "e", RENAME_WHITEOUT, want="ok")
+    both.renameat2("n0", "e/n", RENAME_WHITEOUT | RENAME_EXCHANGE, want="EINVAL")
+    both.renameat2("n0", "e/n", RENAME_WHITEOUT | RENAME_NOREPLACE)
+    both.renameat2("n0", "e/m", RENAME_WHITEOUT | RENAME_NOREPLACE)
 
 
 def roots(pair: Pair) -> list[posix_ops.Worker]:
@@ -1120,6 +1127,26 @@ def test_files_live_on_without_a_name(both: Pair) -> None:
     both.pread("f", 100, 9_950)
 
 
+@pytest.mark.parametrize("kind", NOT_LINKS)
+def test_a_file_without_a_name_keeps_its_attributes(kind: str, both: Pair) -> None:
+    """Held by a descriptor that only names it (O_PATH), or by an open fifo or directory."""
+    for flags in (O_PATH, os.O_RDWR | os.O_NONBLOCK if kind == "fifo" else os.O_RDONLY):
+        if flags != O_PATH and kind in ("block", "char", "socket"):
+            continue
+        make(both, kind, "n0")
+        both.open("n0", flags, fd="f", want="ok")
+        remove(both, kind, "n0")
+        assert both.fstat("f")["nlink"] == 0
+        make(both, kind, "n0")  # it may get the inode number of the other, if that is let go
+        both.fstat("f")
+        if flags != O_PATH:
+            both.fchmod("f", 0o600)
+            both.fchown("f", 5, 6)
+            both.futimens("f", (1, 2), (3, 4))
+            both.fstat("f")
+        remove(both, kind, "n0")
+
+
 # --- truncate and ftruncate -----------------------------------------------------------------------------------
 
 
@@ -1174,8 +1201,6 @@ def test_sizes_that_no_file_can_have(both: Pair) -> None:
     for size in (999_999_999_999_999, 1 << 60, (1 << 63) - 1):
         both.truncate("f", size, want="EFBIG")
         both.ftruncate("f", size, want="EFBIG")
-        both.pwrite("f", 1, 10, size - 20, want="EFBIG")
-    both.lseek("f", 1 << 62, os.SEEK_SET)
     both.lseek("f", -1, os.SEEK_SET, want="EINVAL")
 
 
@@ -1202,7 +1227,7 @@ def test_utimensat_times(kind: str, both: Pair) -> None:
         (omit, now),
         ((2**31, 0), (2**32, 0)),
         ((-1, 5), (-(2**31), 0)),
-        ((2**33, 1), (2**34 - 2**31 - 1, 999_999_999)),
+        ((2**33, 1), (2**33 + 2**32, 999_999_999)),
         ((0, 0), (0, 0)),
     ):
         both.utimensat("n0", atime, mtime, nofollow, want="ok")
@@ -1359,7 +1384,8 @@ def test_documented_fallocate_is_not_supported(both: Pair, pair: Pair) -> None:
     both.put("f", 1, 100)
     both.open("f", os.O_RDWR, fd="f")
     for mode in (0, 1, 3, 0x10):
-        assert roots(pair)[1].ask("fallocate", ("f", mode, 0, 50), {}) == ("error", "EOPNOTSUPP")
+        answer = roots(pair)[1].ask("fallocate", ("f", mode, 0, 50), {})
+        assert answer == ("error", errno.errorcode[errno.EOPNOTSUPP])
 
 
 # --- locks, several processes ---------------------------------------------------------------------------------
@@ -1430,9 +1456,10 @@ def test_random_calls(seed: int, pair: Pair) -> None:
     calls = posix_ops.random_calls(seed, 150 if times else 600)
     stop = posix_ops.differs(pair, calls, f"random-{seed}", times=times)
     if stop is not None:
+        first = "\n".join([*pair.differences, pair.story()])
         posix_ops.shortest(pair, calls[:stop], times=times)
         pair.check()
-        raise AssertionError(f"seed {seed}: differed at call {stop}, but not again")
+        raise AssertionError(f"seed {seed}: differed at call {stop}, but not again:\n{first}")
 
 
 # --- directories ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
+from collections import deque
 from contextlib import suppress
 
 from . import backends, loads, report, server
@@ -99,6 +99,8 @@ def once(options, size, load, pair, name):
     try:
         store = backends.create(name, root, mount_options=options.mount_option, profiler=profiler)
         figures, costs = loads.LOADS[load](store, size)
+    except (RunError, OSError) as error:
+        raise RunError(f"{type(error).__name__}: {error}\n{complaints(root)}") from error
     finally:
         # A mount that could not be taken away must not be emptied through its mountpoint.
         if not os.path.ismount(os.path.join(root, "data")):
@@ -106,6 +108,15 @@ def once(options, size, load, pair, name):
     for path in profiler.summarise() if profiler else ():
         print(f"      profile: {path}", flush=True)
     return figures, costs
+
+
+def complaints(root):
+    """Return the last lines that the server and the daemon logged above the level INFO."""
+    lines = []
+    for name in ("nats.log", "daemon.log"):
+        with suppress(OSError), open(os.path.join(root, name), errors="replace") as file:
+            lines += [f"  {name}: {line.rstrip()}" for line in deque(file, 20) if "[INF]" not in line]
+    return "\n".join(lines)
 
 
 def progress(figures):
@@ -145,11 +156,9 @@ def main():
         label = {"load": load, "pair": pair, "backend": name, "partner": partner}
         try:
             figures, costs = once(options, size, load, pair, name)
-        except (RunError, OSError, TimeoutError) as error:
-            failures.append(label | {"error": f"{type(error).__name__}: {error}"})
+        except RunError as error:
+            failures.append(label | {"error": str(error)})
             print(f"[{load} {pair}] {name}: FAILED: {error}", flush=True)
-            if not isinstance(error, RunError):
-                traceback.print_exc()
             continue
         runs.append(label | {"figures": figures, "costs": costs})
         print(f"[{load} {pair}] {name}: {progress(figures)}", flush=True)

@@ -18,7 +18,7 @@ ACKS = b"_INBOX.bench.acks"
 REPLAY = b"_INBOX.bench.replay"
 HEADER = b"NATS/1.0\r\nBench: load\r\n\r\n"
 CHUNK = 1024
-TIMEOUT = 120.0
+TIMEOUT = 60.0  # without a word from the server
 FLOW_CONTROL = b"NATS/1.0 100 FlowControl"
 
 

@@ -62,13 +62,12 @@ def fill(store, daemon, size, bodies, *, storage="file"):
             connection.subscribe(client.ACKS, 1)
             before = reading(nats.pid, daemon)
             client.publish(connection, prepared, size.window)
-            after = reading(nats.pid, daemon)
+            cost = between(before, reading(nats.pid, daemon))
         if (count := client.stored(nats.port)) != size.messages:
             raise RunError(f"the stream has {count} of {size.messages} messages: the rest was lost")
-        now = time.monotonic()
+        began = time.monotonic()
         settle()
-        synced = after.wall - before.wall + time.monotonic() - now
-    return after.wall - before.wall, synced, between(before, after)
+    return cost["wall"], cost["wall"] + time.monotonic() - began, cost
 
 
 def ceiling(store, size):
@@ -125,12 +124,12 @@ def replay(nats, daemon, size, bodies):
         read, before = bytes_read(nats.pid), reading(nats.pid, daemon)
         consumer.start(nats.port)
         received = consumer.receive()
-        after = reading(nats.pid, daemon)
+        cost = between(before, reading(nats.pid, daemon))
     # The last block may be in the server's memory: it looked there for the duplicate window.
     if (read := bytes_read(nats.pid) - read) < size.messages * size.payload - BLOCK:
         raise RunError(f"the replay was not cold: the server read {read} bytes, the rest was in its memory")
     consumer.check(bodies)
-    return received, between(before, after)
+    return received, cost
 
 
 def bytes_read(pid):
@@ -152,12 +151,12 @@ def sync(store, size):
             latencies = client.publish_one_by_one(
                 connection, size.sync_messages, bodies, headers=size.headers
             )
-            after = reading(nats.pid, daemon)
+            cost = between(before, reading(nats.pid, daemon))
     figures = {
         "sync.p50": statistics.median(latencies),
         "sync.p99": statistics.quantiles(latencies, n=100)[98],
     }
-    return figures, {"sync": between(before, after)}
+    return figures, {"sync": cost}
 
 
 def file(store, size):
@@ -176,9 +175,7 @@ def file(store, size):
                 chunk[:8] = index.to_bytes(8, "little")
                 writer.write(chunk)
             os.fsync(descriptor)
-        after = reading(None, daemon)
-        written = between(before, after)
-        write_wall, write_cpu = after.wall - before.wall, after.daemon - before.daemon
+        written = between(before, reading(None, daemon))
     with mounted(store) as daemon:
         drop_caches()
         before = reading(None, daemon)
@@ -187,23 +184,26 @@ def file(store, size):
                 chunk[:8] = index.to_bytes(8, "little")
                 if reader.readinto(target) != MIB or target[:] != chunk:
                     raise RunError(f"MiB {index} of the file is not what was written")
-        after = reading(None, daemon)
-        read = between(before, after)
+        read = between(before, reading(None, daemon))
     share = GIB / MIB / size.file_mib
     figures = {
-        "file.write": size.file_mib * MIB / write_wall,
-        "file.read": size.file_mib * MIB / (after.wall - before.wall),
+        "file.write": size.file_mib * MIB / written["wall"],
+        "file.read": size.file_mib * MIB / read["wall"],
     }
     if store.command:
         figures |= {
-            "file.write_cpu": write_cpu * share,
-            "file.read_cpu": (after.daemon - before.daemon) * share,
+            "file.write_cpu": written["daemon"] * share,
+            "file.read_cpu": read["daemon"] * share,
         }
     return figures, {"file.write": written, "file.read": read}
 
 
 def small(store, size):
-    """Create, stat, rename and unlink small files, one after the other from one thread."""
+    """Create, stat, rename and unlink small files, one after the other from one thread.
+
+    Nothing is synced from the creation to the unlinking, so the file system below does not yet have to free blocks on
+    the disk. `small.stat` is of a second set of files, whose names and inodes the kernel has dropped.
+    """
     body = os.urandom(300)
     figures, costs = {}, {}
 
@@ -212,30 +212,32 @@ def small(store, size):
         os.write(descriptor, body)
         os.close(descriptor)
 
-    steps = {
-        "small.create": create,
-        "small.stat_cached": lambda index: os.stat(f"{index}.tmp"),
-        "small.rename": lambda index: os.rename(f"{index}.tmp", f"{index}.dat"),
-        "small.stat": lambda index: os.stat(f"{index}.dat"),
-        "small.unlink": lambda index: os.unlink(f"{index}.dat"),
-    }
+    def stat(index):
+        os.stat(f"{index}.tmp")
+
+    def timed(name, step):
+        before = reading(None, daemon)
+        for index in range(size.files):
+            step(index)
+        costs[name] = between(before, reading(None, daemon))
+        figures[name] = costs[name]["wall"] / size.files
+
     with mounted(store) as daemon:
         directory = os.path.join(store.directory, "small")
         os.mkdir(directory)
+        settle()
         with contextlib.chdir(directory):
-            for name, step in steps.items():
-                if name == "small.stat":
-                    drop_caches(2)
-                    os.stat("0.dat")  # the directory's own inode is not measured
-                settle()
-                before = reading(None, daemon)
-                for index in range(size.files):
-                    step(index)
-                after = reading(None, daemon)
-                figures[name] = (after.wall - before.wall) / size.files
-                costs[name] = between(before, after)
+            timed("small.create", create)
+            timed("small.stat_cached", stat)
+            timed("small.rename", lambda index: os.rename(f"{index}.tmp", f"{index}.dat"))
+            timed("small.unlink", lambda index: os.unlink(f"{index}.dat"))
             if left := os.listdir("."):
                 raise RunError(f"{len(left)} files are left after unlinking all")
+            for index in range(size.files):
+                create(index)
+            drop_caches(2)
+            os.stat("0.tmp")  # looks up the directory as well
+            timed("small.stat", stat)
     return figures, costs
 
 

@@ -14,54 +14,64 @@ class RunError(Exception):
     """A run that failed or lost a message: the benchmark reports it, goes on with the next one, and exits with 1."""
 
 
+def family(pid):
+    """Return a process id and those of all its descendants that live."""
+    pids = [pid]
+    for parent in pids:  # grows while it is walked
+        with suppress(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children", "rb") as file:
+                    pids += map(int, file.read().split())
+    return pids
+
+
 def process_cpu(pid):
-    """CPU seconds that a process used so far: all its threads, the children it waited for, and those that still run.
+    """CPU seconds that a process used so far: all its threads, and its children whether they live or not.
 
     0 for None.
     """
-    if pid is None:
-        return 0.0
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        # utime, stime, cutime and cstime are fields 14 to 17; the command's name may hold spaces and parentheses.
-        fields = file.read().rpartition(b")")[2].split()[11:15]
-    children = []
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
-            children += map(int, file.read().split())
-    return sum(map(int, fields)) / TICK + sum(map(process_cpu, children))
+    ticks = 0
+    for member in family(pid) if pid is not None else ():
+        with suppress(OSError), open(f"/proc/{member}/stat", "rb") as file:
+            # utime, stime, and both of the children it waited for; the name before them may hold spaces and ")".
+            ticks += sum(map(int, file.read().rpartition(b")")[2].split()[11:15]))
+    return ticks / TICK
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The clocks at one moment, in seconds."""
+    """The clocks at one moment, in seconds. To read them takes from `begun` to `done`."""
 
-    wall: float
+    begun: float
     server: float
     daemon: float
     client: float
     idle: float
     waiting: float  # idle while a disk request was under way
+    done: float
 
 
 def reading(server=None, daemon=None):
     """Read all clocks; `server` and `daemon` are process ids or None."""
+    begun, own = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
     with open("/proc/stat", "rb") as file:
         machine = file.readline().split()[1:]
-    own = resource.getrusage(resource.RUSAGE_SELF)
     return Reading(
-        wall=time.monotonic(),
+        begun=begun,
         server=process_cpu(server),
         daemon=process_cpu(daemon),
         client=own.ru_utime + own.ru_stime,
         idle=int(machine[3]) / TICK,
         waiting=int(machine[4]) / TICK,
+        done=time.monotonic(),
     )
 
 
 def between(before, after):
     """Say what the time between two readings cost: seconds by name, and under `bound` what held the load up."""
-    names = ("wall", "server", "daemon", "client", "idle", "waiting")
-    cost = {name: round(getattr(after, name) - getattr(before, name), 4) for name in names}
+    cost = {"wall": round(after.begun - before.done, 6)}
+    for name in ("server", "daemon", "client", "idle", "waiting"):
+        cost[name] = round(getattr(after, name) - getattr(before, name), 4)
     return cost | {"bound": bound(cost)}
 
 

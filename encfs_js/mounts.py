@@ -1,0 +1,55 @@
+"""What the kernel has mounted, from /proc/self/mountinfo: to ask the mount itself is to wait for who serves it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Final
+
+FS_TYPE: Final = "fuse.encfs_js"
+_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One mounted file system. device: "major:minor"; source: for ours, the store's path."""
+
+    device: str
+    mountpoint: str
+    fs_type: str
+    source: str
+    read_only: bool
+
+
+def mounts() -> list[MountEntry]:
+    """Return what is mounted, in the kernel's order: of several at one mountpoint the last one is in sight."""
+    entries = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            left, right = line.rstrip("\n").split(" - ", 1)
+            fields, kind = left.split(" "), right.split(" ")
+            options = {*fields[5].split(","), *kind[2].split(",")}
+            entries.append(
+                MountEntry(fields[2], _unescape(fields[4]), kind[0], _unescape(kind[1]), "ro" in options)
+            )
+    return entries
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def find(mountpoint: str) -> MountEntry | None:
+    """Return the mount of ours that is in sight at `mountpoint`, or None. Does not touch the mount."""
+    plain = os.path.abspath(mountpoint)
+    # The last part of the path is left alone if it can be: to look at a mountpoint is to ask who serves it.
+    parent, name = os.path.split(plain)
+    table = mounts()
+    for path in (os.path.join(os.path.realpath(parent), name), plain):
+        there = [entry for entry in table if entry.mountpoint == path]
+        if there:
+            return there[-1] if there[-1].fs_type == FS_TYPE else None
+    real = os.path.realpath(plain)
+    there = [entry for entry in table if entry.mountpoint == real]
+    return there[-1] if there and there[-1].fs_type == FS_TYPE else None

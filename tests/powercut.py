@@ -1,0 +1,392 @@
+"""The judge of what a power cut left: what a program that used the plain file may expect, and whether it got that.
+
+`Promise` is told what happened to a plain file and then judges a content: is everything there that was synced, and is
+every page as it was at some time since. It knows pages by FORMAT.md's numbers only and nothing of sealing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import decoder
+from disk import Disk
+from recording import Recording
+
+from encfs_js import crash
+from encfs_js.backing import Backing
+from encfs_js.format import DamagedPageError, Suite
+from encfs_js.sealed import FileKeys, SealedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from recording import Trace
+
+VOLUME_KEYS = {1: bytes(range(32))}
+EDGES = (0, 1, 100, 4031, 4032, 4033, 8095, 8096, 8097, 12160, 12161, 16224, 20288, 30000)
+
+
+def start_of(page: int) -> int:
+    return 4032 + (page - 1) * 4064 if page else 0
+
+
+def page_at(offset: int) -> int:
+    return 0 if offset < 4032 else 1 + (offset - 4032) // 4064
+
+
+class Promise:
+    """What a plain file may be after a power cut now, from what was done to it so far.
+
+    A page of it (in the sense of FORMAT.md: what one page write carries) is as the last sync left it or as any operation
+    since did; what was synced and not cut since is there; nothing is longer than it ever was since the sync.
+    """
+
+    def __init__(self) -> None:
+        self.plain = bytearray()
+        self._synced = b""
+        self._since: list[tuple[int, bytes]] = []  # page, and what it held after an operation
+        self._sizes: list[int] = []
+        self._dropped = 0
+        self._begun: dict[int, tuple[int, int, bytes]] = {}
+
+    def starts_as(self, content: bytes) -> None:
+        """The file lies on the disk like this."""
+        self.plain[:] = self._synced = content
+
+    def write(self, offset: int, data: bytes) -> None:
+        if offset > len(self.plain):
+            self.truncate(offset)
+        self.plain[offset : offset + len(data)] = data
+        self._changed(offset, offset + len(data))
+
+    def truncate(self, size: int) -> None:
+        old = len(self.plain)
+        if size < old:
+            del self.plain[size:]
+            self._changed(max(size - 1, 0), size)
+        else:
+            self.plain += bytes(size - old)
+            self._changed(old, size)
+
+    def _changed(self, start: int, end: int) -> None:
+        self._sizes.append(len(self.plain))
+        if end > start:
+            for page in range(page_at(start), page_at(end - 1) + 1):
+                self._since.append((page, self._piece(self.plain, page)))
+
+    def becomes(self, content: bytes) -> None:
+        """After an operation that failed half way: this is what the file holds now."""
+        self.plain[:] = content
+        self._changed(0, len(content))
+
+    def sync_begins(self, token: int) -> None:
+        self._begun[token] = (len(self._since) + self._dropped, len(self._sizes), bytes(self.plain))
+
+    def sync_ends(self, token: int) -> None:
+        since, sizes, self._synced = self._begun.pop(token)
+        del self._since[: since - self._dropped]
+        self._dropped = since
+        self._sizes = [len(self._synced), *self._sizes[sizes:]] if not self._begun else [len(self._synced), *self._sizes]
+
+    @staticmethod
+    def _piece(content: bytes | bytearray, page: int) -> bytes:
+        return bytes(content[start_of(page) : start_of(page + 1)])
+
+    def wrong(self, content: bytes) -> str:
+        """What is wrong with the content, or an empty string."""
+        low = min([len(self._synced), *self._sizes])
+        high = max([len(self._synced), *self._sizes])
+        if len(content) < low:
+            return f"{len(content)} bytes where {low} were synced and never cut"
+        if len(content) > high:
+            return f"{len(content)} bytes where there were never more than {high}"
+        known: defaultdict[int, set[bytes]] = defaultdict(set)
+        for page, piece in self._since:
+            known[page].add(piece)
+        for page in range(page_at(len(content) - 1) + 1 if content else 0):
+            piece = self._piece(content, page)
+            if piece != self._piece(self._synced, page) and piece not in known[page]:
+                return f"page {page} ({len(piece)} plain bytes) is as it never was since the last sync"
+        return ""
+
+
+# --- one sealed file --------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One plain operation: how many operations had been recorded before and after it, and what it was to do.
+
+    instead: what the file held afterwards if the operation failed half way.
+    """
+
+    before: int
+    after: int
+    word: str
+    numbers: tuple[int, ...] = ()
+    data: bytes = b""
+    instead: bytes | None = None
+
+
+class Recorded(NamedTuple):
+    """A plan that was carried out on the file with that number in the trace."""
+
+    trace: Trace
+    number: int
+    steps: list[Step]
+
+
+class FullDisk(Recording):
+    """A recording whose file cannot grow beyond `limit` bytes while that is set; what it has can be written again."""
+
+    limit: int | None = None
+
+    def pwrite(self, fd, data, offset):
+        if self.limit is not None and offset + len(data) > self.limit:
+            data = memoryview(data)[: max(self.limit - offset, 0)]
+            if not data:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().pwrite(fd, data, offset)
+
+
+class Variant(NamedTuple):
+    """The code under test. The tests' own faults replace a part of it."""
+
+    sealed: type[SealedFile] = SealedFile
+    backing: type[FullDisk] = FullDisk
+    trim: Callable[..., Any] = crash.trim
+
+
+REAL = Variant()
+Plan = list[tuple[Any, ...]]
+
+
+def draw_plan(rng: random.Random, length: int) -> Plan:
+    """Plain operations on one file, whose offsets love the ends of pages."""
+
+    def edge() -> int:
+        return max(0, rng.choice(EDGES) + rng.choice((0, 0, 0, -1, 1, -30, 1057)))
+
+    words = ["append"] * rng.choice((1, 4, 8)) + ["write"] * rng.choice((0, 2)) + ["truncate"] * rng.choice((0, 1, 3))
+    words += ["empty"] * rng.choice((0, 0, 1)) + ["reopen"] * rng.choice((0, 1)) + ["full"] * rng.choice((0, 0, 1))
+    words += ["sync"] * rng.choice((1, 1, 3)) + ["datasync"] * rng.choice((0, 1))
+    plan: Plan = [("write", 0, rng.choice(EDGES) or 5000, 0), ("sync",), ("reopen",)] if rng.random() < 0.7 else []
+    for i in range(1, length + 1):
+        size = rng.choice((1, 30, 300, 1057, 1057, 4064, 5000, 9000))
+        match rng.choice(words):
+            case "append":
+                plan.append(("append", size, i))
+            case "write":
+                plan.append(("write", edge(), size, i))
+            case "truncate":
+                plan.append(("truncate", edge()))
+            case "empty":
+                plan.append(("truncate", 0))
+            case "full":
+                plan.append(("full", rng.choice((0, 1024, 4096, 5120, 8192))))
+            case word:
+                plan.append((word,))
+    return plan
+
+
+def carry_out(plan: Plan, suite: Suite, where: Path, variant: Variant = REAL) -> Recorded:
+    """Do the plan on a real sealed file in the empty directory `where`, and record it."""
+    path = where / "file"
+    path.write_bytes(b"")
+    io = variant.backing(where, sync=False)
+    keys = FileKeys(VOLUME_KEYS.__getitem__, suite, 1, random.Random(0).randbytes)
+    fd = io.open(path, os.O_RDWR | os.O_CLOEXEC)
+    steps: list[Step] = []
+    try:
+        file = variant.sealed(io, fd, keys)
+        for word, *numbers in plan:
+            before, instead = len(io.ops), None
+            data = b""
+            if word in {"append", "write"}:
+                data = random.Random(numbers[-1]).randbytes(numbers[-2])
+                numbers = [file.size if word == "append" else numbers[0]]
+            try:
+                if data:
+                    done = file.write(numbers[0], data)
+                    instead = whole(file) if done < len(data) else None
+                elif word == "truncate":
+                    file.truncate(numbers[0])
+                elif word.endswith("sync"):
+                    file.sync(word == "datasync")
+                elif word == "reopen":
+                    file = variant.sealed(io, fd, keys)
+            except OSError:
+                assert io.limit is not None
+                instead = whole(file)
+            io.limit = os.fstat(fd).st_size + numbers[0] if word == "full" else None
+            steps.append(Step(before, len(io.ops), word, tuple(numbers), data, instead))
+        return Recorded(io.trace, io.number(fd), steps)
+    finally:
+        io.close(fd)
+        path.unlink()
+
+
+def whole(file: SealedFile) -> bytes:
+    """All plain bytes of a small file."""
+    content = bytes(file.read(0, file.size))
+    assert len(content) == file.size
+    return content
+
+
+def replay(recorded: Recorded) -> Iterator[tuple[int, Disk, Promise]]:
+    """Every point at which the power can be cut: how many operations were done, the disk, and what is promised."""
+    disk, promise = Disk(recorded.trace), Promise()
+    begun = ended = 0
+    for cut in range(recorded.trace.base, len(recorded.trace.ops) + 1):
+        if cut > recorded.trace.base:
+            disk.feed(recorded.trace.ops[cut - 1])
+        while ended < len(recorded.steps) and recorded.steps[ended].after <= cut:
+            if begun == ended:
+                _begins(promise, recorded.steps[begun], begun)
+                begun += 1
+            if recorded.steps[ended].word.endswith("sync"):
+                promise.sync_ends(ended)
+            ended += 1
+        if begun == ended < len(recorded.steps) and recorded.steps[begun].before < cut:
+            _begins(promise, recorded.steps[begun], begun)
+            begun += 1
+        yield cut, disk, promise
+
+
+def _begins(promise: Promise, step: Step, token: int) -> None:
+    match step.word:
+        case "append" | "write":
+            promise.write(step.numbers[0], step.data)
+        case "truncate":
+            promise.truncate(step.numbers[0])
+        case "sync" | "datasync":
+            promise.sync_begins(token)
+    if step.instead is not None:
+        promise.becomes(step.instead)
+
+
+# --- looking for a state that breaks the promise -----------------------------------------------------------------------
+
+
+class Failure(NamedTuple):
+    """A state that breaks the promise: after how many operations, from which seed, what was found, what is wrong."""
+
+    cut: int
+    seed: str
+    story: list[str]
+    finding: str
+
+
+class Judge:
+    """Brings sealed contents back to life as a mount does after an unclean stop, and looks at them.
+
+    states: how many different ones were seen, of all files.
+    """
+
+    def __init__(self, suite: Suite, variant: Variant = REAL) -> None:
+        self._io = Backing()
+        self._keys = FileKeys(VOLUME_KEYS.__getitem__, suite, 1, random.Random(1).randbytes)
+        self._variant = variant
+        self.states = self.trimmed = 0
+
+    def wrong(self, sealed: bytes, promise: Promise) -> str:
+        """What is wrong with a file that was found like that, or an empty string."""
+        self.states += 1
+        fd = os.memfd_create("file")
+        try:
+            os.pwrite(fd, sealed, 0)
+            expected = decoder.crash_rule(sealed, VOLUME_KEYS)
+            if self._variant.trim(self._io, fd, self._keys) is not None:
+                self.trimmed += 1
+            after = os.pread(fd, os.fstat(fd).st_size, 0)
+            if self._variant is REAL and len(after) != (expected.sealed_size if expected else len(sealed)):
+                return f"trimmed from {len(sealed)} to {len(after)} bytes, but FORMAT.md says {expected}"
+            return self._wrong_after(fd, after, promise)
+        except DamagedPageError as damage:
+            return f"page {damage.page} cannot be read"
+        except decoder.Damage as damage:
+            return f"another decoder refuses page {damage.page}"
+        finally:
+            os.close(fd)
+
+    def trim(self, io: Backing, fd: int) -> None:
+        self._variant.trim(io, fd, self._keys)
+
+    def _wrong_after(self, fd: int, sealed: bytes, promise: Promise) -> str:
+        if crash.trim(self._io, fd, self._keys) is not None:
+            return "the crash rule still finds something after it was applied"
+        file = SealedFile(self._io, fd, self._keys)
+        if file.damage is not None:
+            return f"page {file.damage} is damaged"
+        content = whole(file)
+        if content != decoder.read(sealed, VOLUME_KEYS):
+            return "another decoder reads something else"
+        if finding := promise.wrong(content):
+            return finding
+        file.write(file.size, b"and life goes on" * 300)
+        if whole(SealedFile(self._io, fd, self._keys)) != content + b"and life goes on" * 300:
+            return "the file cannot be appended to"
+        return ""
+
+
+def search(recorded: Recorded, judge: Judge, seed: str, draws: int, where: Path) -> Failure | None:
+    """Cut at every point and draw `draws` states at each; the same content is not judged twice at one point.
+
+    Of the files that need the crash rule every eighth loses its power once more while the rule is applied.
+    """
+    for cut, disk, promise in replay(recorded):
+        seen = set()
+        for i in range(draws):
+            name = f"{seed}/{cut}/{i}"
+            state = disk.crash(random.Random(name), [recorded.number])
+            sealed = state.files[recorded.number]
+            if sealed in seen:
+                continue
+            seen.add(sealed)
+            trimmed = judge.trimmed
+            if finding := judge.wrong(sealed, promise):
+                return Failure(cut, name, state.story, finding)
+            if judge.trimmed > trimmed and judge.trimmed % 8 == 0 and (found := _again(sealed, judge, promise, name, where)):
+                return found._replace(cut=cut, story=[*state.story, "then, while it was trimmed:", *found.story])
+    return None
+
+
+def _again(sealed: bytes, judge: Judge, promise: Promise, name: str, where: Path) -> Failure | None:
+    """Cut the power while the crash rule is applied."""
+    (where / "file").write_bytes(sealed)
+    io = FullDisk(where, sync=False)
+    fd = io.open(where / "file", os.O_RDWR | os.O_CLOEXEC)
+    judge.trim(io, fd)
+    number = io.number(fd)
+    io.close(fd)
+    (where / "file").unlink()
+    disk = Disk(io.trace)
+    for cut in range(io.base, len(io.ops)):
+        disk.feed(io.ops[cut])
+        for i in range(4):
+            state = disk.crash(random.Random(f"{name}/{cut}/{i}"), [number])
+            if finding := judge.wrong(state.files[number], promise):
+                return Failure(cut, f"{name}/{cut}/{i}", state.story, finding)
+    return None
+
+
+def shortest(plan: Plan, fails: Callable[[Plan], Failure | None], tries: int = 300) -> tuple[Plan, Failure]:
+    """Leave out of a failing plan what it does not need to fail."""
+    failure = fails(plan)
+    assert failure is not None
+    size = len(plan)
+    while size:
+        at = 0
+        while at < len(plan) and tries > 0:
+            tries -= 1
+            fewer = plan[:at] + plan[at + size :]
+            if found := fails(fewer):
+                plan, failure = fewer, found
+            else:
+                at += size
+        size //= 2
+    return plan, failure

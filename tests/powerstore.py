@@ -1,0 +1,449 @@
+"""Power cuts under a whole store: the parts of a mount without FUSE, driven by paths, recorded, cut, and opened again.
+
+`App` is the application: what it does goes through Tree and Files as a request of the kernel does, and is noted as what
+the application may rely on. `opened` is what a mount does when it starts, up to the first request.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import random
+import shutil
+import stat
+from collections import Counter
+from contextlib import contextmanager
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from disk import Disk
+from powercut import VOLUME_KEYS, Failure, Promise
+from recording import Enter, Leave, Move, Recording, Resize, Touch, Write
+
+from encfs_js import redo
+from encfs_js.backing import Backing
+from encfs_js.errors import IntegrityError
+from encfs_js.files import Files
+from encfs_js.format import Suite
+from encfs_js.guard import Guard
+from encfs_js.keyring import Settings
+from encfs_js.reserve import Reserve
+from encfs_js.sealed import FileKeys
+from encfs_js.state import State
+from encfs_js.tree import Tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from disk import State as Found
+    from recording import Trace
+
+    from encfs_js.tree import Node
+
+DAY_NS = 86_400 * 10**9
+BEGAN = 20 * DAY_NS  # when the run that is cut began; files that it has not touched are days older
+CUT = State(clean=False, began=BEGAN + DAY_NS, windows=((BEGAN, BEGAN + DAY_NS),))
+REDO_KEY = bytes(32)
+META = b".encfs_js"
+STAT_FIELDS = [name for name in dir(os.stat_result) if name.startswith("st_")]
+
+
+class Opened(NamedTuple):
+    """A store that is open for writing."""
+
+    tree: Tree
+    files: Files
+    log: list[str]
+
+    def node(self, path: bytes) -> Node:
+        node = self.tree.root
+        for name in filter(None, path.split(b"/")):
+            node, _ = self.tree.lookup(node, name)
+        return node
+
+    def read(self, path: bytes) -> bytes:
+        node = self.node(path)
+        content = bytes(self.files.read(node, 0, 1 << 20)) if self.files.size(node) else b""
+        assert len(content) == self.files.size(node)
+        self.files.detach(node)
+        return content
+
+    def all_files(self, path: bytes = b"") -> Iterator[bytes]:
+        for _, name in self.tree.listing(self.node(path)):
+            below = path + b"/" + name if path else name
+            mode = self.tree.stat(self.node(below)).st_mode
+            if stat.S_ISDIR(mode):
+                yield from self.all_files(below)
+            elif stat.S_ISREG(mode):
+                yield below
+
+
+@cache
+def file_keys(suite: Suite) -> FileKeys:
+    return FileKeys(VOLUME_KEYS.__getitem__, suite, 1, random.Random(2).randbytes)
+
+
+@contextmanager
+def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator[Opened]:
+    """Open a store as mount.py does when its state is `run`, and sweep it at once if the last stop was unclean."""
+    tree = Tree(io, str(store), Guard(str(store)), give_to_caller=False)
+    log = redo.recover(io, tree.root_fd, tree.meta_fd, REDO_KEY)
+    files = Files(
+        tree,
+        file_keys(settings.cipher),
+        run,
+        REDO_KEY,
+        Reserve(io, tree.meta_fd),
+        lambda: dt.datetime.now(dt.UTC),
+        plaintext=settings.plaintext == "read",
+        writeback=True,
+    )
+    try:
+        if run.windows:
+            for _ in files.sweep():
+                pass
+        yield Opened(tree, files, log)
+    finally:
+        files.close_all()
+        for fd in (tree.root_fd, tree.meta_fd):
+            io.close(fd)
+
+
+class Step(NamedTuple):
+    """What the application did: operations recorded before and after it, and what it means for whom."""
+
+    before: int
+    after: int
+    begins: Callable[[World], None]
+    ends: Callable[[World], None] = lambda world: None
+
+
+class World:
+    """What the application may rely on, at one point of a recorded run."""
+
+    def __init__(self, files: dict[int, bytes]) -> None:
+        self.files: dict[int, Promise] = {}
+        # path -> what was ever put there whole and synced before, and how many of the first are out of date
+        self.puts: dict[bytes, list[bytes]] = {}
+        self.settled: dict[bytes, int] = {}
+        for number, content in files.items():
+            self.of(number).starts_as(content)
+
+    def of(self, number: int) -> Promise:
+        return self.files.setdefault(number, Promise())
+
+    def put(self, path: bytes, data: bytes, earlier: list[bytes]) -> None:
+        """Under that name lies the old or the new content, whole. earlier: what lay there before the first `put`."""
+        if path not in self.puts:
+            self.puts[path] = list(earlier)
+            if earlier:
+                self.settled[path] = 0
+        self.puts[path].append(data)
+
+    def forget(self, path: bytes) -> None:
+        """Something was put there that was not synced before: only the promises of the files themselves hold."""
+        self.puts.pop(path, None)
+        self.settled.pop(path, None)
+
+
+class Recorded(NamedTuple):
+    trace: Trace
+    steps: list[Step]
+    start: dict[int, bytes]
+    settings: Settings
+
+    def replay(self) -> Iterator[tuple[int, Disk, World]]:
+        """Every point at which the power can be cut."""
+        disk, world = Disk(self.trace), World(self.start)
+        begun = ended = 0
+        for cut in range(self.trace.base, len(self.trace.ops) + 1):
+            if cut > self.trace.base:
+                disk.feed(self.trace.ops[cut - 1])
+            while ended < len(self.steps) and self.steps[ended].after <= cut:
+                if begun == ended:
+                    self.steps[begun].begins(world)
+                    begun += 1
+                self.steps[ended].ends(world)
+                ended += 1
+            if begun == ended < len(self.steps) and self.steps[begun].before < cut:
+                self.steps[begun].begins(world)
+                begun += 1
+            yield cut, disk, world
+
+
+class App:
+    """An application on an open store. Every method is one system call, but for `put`."""
+
+    def __init__(self, store: Path, io: Recording, stack: Opened) -> None:
+        self._store = os.fsencode(store)
+        self._io = io
+        self._opened = stack
+        self.steps: list[Step] = []
+
+    def _number(self, path: bytes) -> int:
+        return self._io.number(os.path.join(self._store, path))
+
+    def _split(self, path: bytes) -> tuple[Node, bytes]:
+        directory, name = os.path.split(path)
+        return self._opened.node(directory), name
+
+    def _did(self, before: int, begins: Callable[[World], None], ends: Callable[[World], None] | None = None) -> None:
+        self.steps.append(Step(before, len(self._io.ops), begins, ends or (lambda world: None)))
+
+    @property
+    def _now(self) -> int:
+        return len(self._io.ops)
+
+    def exists(self, path: bytes) -> bool:
+        return os.path.lexists(os.path.join(self._store, path))
+
+    def size(self, path: bytes) -> int:
+        return self._opened.files.size(self._opened.node(path))
+
+    def create(self, path: bytes) -> None:
+        files = self._opened.files
+        node, fd, found = self._opened.tree.create(*self._split(path), 0o600, 0, 0, exclusive=True)
+        files.adopt(node, fd, writable=True, found=found)
+        files.open(node, write=True)
+
+    def open(self, path: bytes) -> None:
+        self._opened.files.open(self._opened.node(path), write=True)
+
+    def close(self, path: bytes) -> None:
+        self._opened.files.release(self._opened.node(path), cached_writer=True)
+
+    def write(self, path: bytes, offset: int, data: bytes) -> None:
+        before, number = self._now, self._number(path)
+        node = self._opened.node(path)
+        assert self._opened.files.write(node, offset, data, cached=True) == len(data)
+        self._opened.files.detach(node)
+        self._did(before, lambda world: world.of(number).write(offset, data))
+
+    def append(self, path: bytes, data: bytes) -> None:
+        self.write(path, self.size(path), data)
+
+    def truncate(self, path: bytes, size: int) -> None:
+        before, number = self._now, self._number(path)
+        node = self._opened.node(path)
+        assert self._opened.files.truncate(node, size)
+        self._opened.files.detach(node)
+        self._did(before, lambda world: world.of(number).truncate(size))
+
+    def sync(self, path: bytes) -> None:
+        before, number = self._now, self._number(path)
+        node = self._opened.node(path)
+        self._opened.files.attach(node)
+        self._io.fsync(node.fd)
+        self._opened.files.detach(node)
+        token = len(self.steps)
+        self._did(before, lambda w: w.of(number).sync_begins(token), lambda w: w.of(number).sync_ends(token))
+
+    def sync_directory(self, path: bytes) -> None:
+        before = self._now
+        fd = self._io.open(os.path.join(self._store, path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._io.fsync(fd)
+        self._io.close(fd)
+
+        def ends(world: World) -> None:
+            for put, contents in world.puts.items():
+                if os.path.dirname(put) == path:
+                    world.settled[put] = len(contents) - 1
+
+        self._did(before, lambda world: None, ends)
+
+    def mkdir(self, path: bytes) -> None:
+        self._opened.tree.mkdir(*self._split(path), 0o700, 0, 0)
+
+    def unlink(self, path: bytes) -> None:
+        self._opened.tree.unlink(*self._split(path))
+
+    def rmdir(self, path: bytes) -> None:
+        self._opened.tree.rmdir(*self._split(path))
+
+    def rename(self, old: bytes, new: bytes) -> None:
+        self._opened.tree.rename(*self._split(old), *self._split(new), 0)
+
+    def put(self, path: bytes, data: bytes, *, sync: bool) -> None:
+        """nats-server's way to replace a small file. sync: as with `sync_interval: always`."""
+        temporary = path + b".tmp"
+        if self.exists(temporary):
+            self.truncate(temporary, 0)
+            self.open(temporary)
+        else:
+            self.create(temporary)
+        self.write(temporary, 0, data)
+        if sync:
+            self.sync(temporary)
+        self.close(temporary)
+        before, earlier = self._now, [self._opened.read(path)] if self.exists(path) else []
+        self.rename(temporary, path)
+        if not sync:
+            self._did(before, lambda world: world.forget(path))
+            return
+        self._did(before, lambda world: world.put(path, data, earlier))
+        self.sync_directory(os.path.dirname(path))
+
+
+def record(
+    where: Path,
+    settings: Settings,
+    before: Callable[[App], None],
+    then: Callable[[App], None],
+    plain: Mapping[str, bytes] = MappingProxyType({}),
+) -> Recorded:
+    """Make a store, let an application do `before` in a run that ends cleanly, and record what it does `then`.
+
+    plain: files that lie in the store unsealed.
+    """
+    store = where / "store"
+    (store / ".encfs_js").mkdir(parents=True)
+    for name, content in plain.items():
+        (store / name).write_bytes(content)
+    earlier = QuietRecording(store)
+    with opened(store, settings, earlier, State(clean=False, began=DAY_NS, windows=())) as first:
+        before(App(store, earlier, first))
+        contents = {path: first.read(path) for path in first.all_files()}
+    io = QuietRecording(store)
+    start = {io.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()}
+    with opened(store, settings, io, State(clean=False, began=BEGAN, windows=())) as second:
+        app = App(store, io, second)
+        then(app)
+        trace = io.trace
+    shutil.rmtree(store)
+    return Recorded(trace, app.steps, start, settings)
+
+
+class Shown(Backing):
+    """A backing on which some files have another inode number or ctime than the file system says."""
+
+    def shown(self, found: os.stat_result) -> dict[str, int]:
+        raise NotImplementedError
+
+    def _other(self, found: os.stat_result) -> os.stat_result:
+        if not (fields := self.shown(found)):
+            return found
+        others = {name: getattr(found, name) for name in STAT_FIELDS}
+        numbers = list(found)
+        numbers[1] = fields.get("st_ino", found.st_ino)
+        return os.stat_result(numbers, {**others, **fields})
+
+    def fstat(self, fd):
+        return self._other(os.fstat(fd))
+
+    def stat(self, path, *, dir_fd=None, follow_symlinks=True):
+        return self._other(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks))
+
+
+class QuietRecording(Recording, Shown):
+    """A recording without real syncs, and without the reserve, whose content means nothing.
+
+    A file that was there before has a ctime of days ago until something changes it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.changed: set[int] = set()
+        super().__init__(root, sync=False)
+        self.changed.clear()
+
+    def _note(self, op):
+        if isinstance(op, Enter | Leave | Move | Write | Resize | Touch):
+            self.changed.add(op.file)
+        return super()._note(op)
+
+    def shown(self, found):
+        number = self.numbers.get((found.st_dev, found.st_ino))
+        return {"st_ctime_ns": DAY_NS} if number is not None and number not in self.changed else {}
+
+    def fallocate(self, fd, mode, offset, length):
+        pass
+
+
+class AfterCut(Shown):
+    """The backing of a store that is opened after a power cut: its files have the ctimes that the disk would show, and
+    the inode numbers that they had when they were recorded.
+    """
+
+    def __init__(self, recorded: Recorded, found: Found, numbers: dict[int, int], inodes: dict[int, int]) -> None:
+        base = recorded.trace.base
+        often = Counter(inodes[number] for number in numbers.values())
+        self._shown: dict[int, dict[str, int]] = {}
+        for ino, number in numbers.items():
+            fields = self._shown[ino] = {}
+            if often[inodes[number]] == 1:  # the number may have been given again when nothing had been synced
+                fields["st_ino"] = inodes[number]
+            if (at := found.changed.get(number)) is not None:
+                fields["st_ctime_ns"] = BEGAN + (at if at >= base else -5 * DAY_NS)
+
+    def shown(self, found):
+        return self._shown.get(found.st_ino, {})
+
+    def fsync(self, fd):
+        pass
+
+    fdatasync = fsync
+
+    def fallocate(self, fd, mode, offset, length):
+        pass
+
+
+def judge(recorded: Recorded, found: Found, inodes: dict[int, int], world: World, where: Path) -> str:
+    """Open the store as it was found and say what is wrong with it, or an empty string."""
+    store = where / "found"
+    store.mkdir()
+    try:
+        numbers = found.write_out(store)
+        names = {path: number for path, number in found.paths() if number in found.files}
+        with opened(store, recorded.settings, AfterCut(recorded, found, numbers, inodes), CUT) as stack:
+            if any(b"orphan" in name for name in os.listdir(os.fsencode(store / ".encfs_js"))):
+                return "a redo file lost its target"
+            return _wrong_files(stack, names, world) or _wrong_names(stack, names, world)
+    finally:
+        shutil.rmtree(store)
+
+
+def _wrong_files(stack: Opened, names: dict[bytes, int], world: World) -> str:
+    for path in stack.all_files():
+        try:
+            content = stack.read(path)
+        except IntegrityError as error:
+            return f"{path!r} cannot be read: {error}"
+        if finding := world.of(names[path]).wrong(content):
+            return f"{path!r}: {finding}"
+    expected = {path for path in names if not path.startswith(META + b"/")}
+    return "" if set(stack.all_files()) == expected else "a name is missing"
+
+
+def _wrong_names(stack: Opened, names: dict[bytes, int], world: World) -> str:
+    for path, contents in world.puts.items():
+        settled = world.settled.get(path)
+        if path not in names:
+            if settled is not None:
+                return f"{path!r} is missing"
+        elif stack.read(path) not in contents[settled or 0 :]:
+            return f"{path!r} is neither the old nor the new file"
+    return ""
+
+
+def search(recorded: Recorded, seed: str, draws: int, where: Path) -> tuple[int, Failure | None]:
+    """Cut at every point; how many different states were judged, and the first that breaks a promise."""
+    judged = set()
+    for cut, disk, world in recorded.replay():
+        seen = set()
+        for i in range(draws):
+            name = f"{seed}/{cut}/{i}"
+            found = disk.crash(random.Random(name))
+            state_of_disk = (
+                tuple((path, number) for path, number in found.paths()),
+                tuple(sorted(found.files.items())),
+                tuple(sorted((number, at >= recorded.trace.base) for number, at in found.changed.items())),
+            )
+            key = hash(state_of_disk)
+            if key in seen:
+                continue
+            seen.add(key)
+            judged.add(key)
+            if finding := judge(recorded, found, disk.inodes, world, where):
+                return len(judged), Failure(cut, name, found.story, finding)
+    return len(judged), None

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sets up what is missing (Debian 12 or later, as root or with sudo) and runs every check and test.
+# Arguments go to pytest: bash tests/run.sh -k keyring
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd -P)
+. "$root/examples/setup.sh"
+set_up e2fsprogs
+
+cd "$root"
+export PATH=$root/.venv/bin:$PATH
+ruff check .
+ruff format --line-length 110 --check .
+mypy
+
+# What a test that was killed leaves mounted is below this directory, and goes with it.
+scratch=$(make_scratch tests)
+trap 'remove_scratch "$scratch"' EXIT
+python -m pytest --basetemp "$scratch/pytest" "$@"
