@@ -13,7 +13,13 @@ import struct
 import zlib
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_MAX_HANDLE = 128
+_MOST_HANDLE = 128
+_HANDLE_HEAD = struct.Struct("Ii")
+_handle = ctypes.create_string_buffer(
+    _HANDLE_HEAD.size + _MOST_HANDLE
+)  # made once: making it costs as much as the call
+_handle_bytes = memoryview(_handle)
+_mount_id = ctypes.byref(ctypes.c_int())
 META = ".encfs_js"
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -30,6 +36,7 @@ class Backing:
     ftruncate = staticmethod(os.ftruncate)
     fsync = staticmethod(os.fsync)
     fdatasync = staticmethod(os.fdatasync)
+    fadvise = staticmethod(os.posix_fadvise)
     fstat = staticmethod(os.fstat)
     stat = staticmethod(os.stat)
     statvfs = staticmethod(os.fstatvfs)
@@ -59,7 +66,7 @@ class Backing:
 
     @staticmethod
     def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-        """Call fallocate(2), for which `os` has no mode (its posix_fallocate writes where it cannot). Raises OSError."""
+        """Preallocate with a mode, which `os` does not offer (its posix_fallocate writes where it cannot). Raises OSError."""
         if _libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -71,15 +78,13 @@ class Backing:
         crc32 of the file handle (name_to_handle_at(2)), which carries the file system's own generation number; 0 where
         the file system has no handles. Measured: 4 us, no open, no privilege.
         """
-        handle = ctypes.create_string_buffer(struct.pack("Ii", _MAX_HANDLE, 0), 8 + _MAX_HANDLE)
-        mount_id = ctypes.c_int()
-        if _libc.name_to_handle_at(dir_fd, name, handle, ctypes.byref(mount_id), 0):
+        _HANDLE_HEAD.pack_into(_handle, 0, _MOST_HANDLE, 0)
+        if _libc.name_to_handle_at(dir_fd, name, _handle, _mount_id, 0):
             code = ctypes.get_errno()
             if code in {errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM}:
                 return 0
             raise OSError(code, os.strerror(code))
-        length = struct.unpack_from("I", handle)[0]
-        return zlib.crc32(handle.raw[: 8 + length])
+        return zlib.crc32(_handle_bytes[: _HANDLE_HEAD.size + _HANDLE_HEAD.unpack_from(_handle)[0]])
 
 
 def sync_directory(path: str | bytes) -> None:

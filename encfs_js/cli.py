@@ -48,9 +48,7 @@ class _Commands(click.Group):
         return command
 
 
-@click.command(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="encfs-js", message="%(prog)s %(version)s")
 def commands() -> None:
     """Keep a NATS JetStream store encrypted at rest under an unmodified nats-server."""
@@ -117,6 +115,4 @@ def _fail(message: str, hint: str, code: int) -> int:
 
 def one_line(text: str) -> str:
     """Return the text with everything escaped that a terminal would not show as one line."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

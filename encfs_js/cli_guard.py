@@ -53,9 +53,7 @@ def status(store: str, as_json: bool) -> None:
         print(json.dumps({"closed": closed_as_json(closed)}, indent=1))
     else:
         for c in closed:
-            print(
-                f"{shown(c.directory)}: {room.subject(c.directory)}, since {c.since}: {shown(c.file)} page {c.page}"
-            )
+            print(f"{shown(c.directory)}: {room.subject(c.directory)}, since {c.since}: {shown(c.file)} page {c.page}")
         if not closed:
             print("open: nothing is protected")
     if closed:

@@ -123,9 +123,7 @@ def _made(store: str) -> Iterator[None]:
     except FileExistsError:
         pass
     except OSError as problem:
-        raise StoreIoError(
-            f"{store}: {problem.strerror}", hint="Make the directory yourself, and repeat."
-        ) from None
+        raise StoreIoError(f"{store}: {problem.strerror}", hint="Make the directory yourself, and repeat.") from None
     else:
         sync_directory(os.path.dirname(os.path.abspath(store)))
     fd = os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

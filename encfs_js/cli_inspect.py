@@ -31,11 +31,7 @@ def inspect(store: str, as_json: bool) -> None:
     survey = inspection.survey(Backing(), store, epochs, plaintext=opened.settings.plaintext == "read")
     holder = state.holder(store)
     if as_json:
-        print(
-            json.dumps(
-                {"store": store, "warning": warning or None, **_inspected(opened, survey, holder)}, indent=1
-            )
-        )
+        print(json.dumps({"store": store, "warning": warning or None, **_inspected(opened, survey, holder)}, indent=1))
         return
     _print_keyring(store, opened, warning, holder)
     _print_survey(survey)

@@ -62,9 +62,7 @@ def key_options(command: F) -> F:
     """Give a command the key options, which it gets as one argument `source`."""
 
     @functools.wraps(command)
-    def wrapped(
-        *, key_file: str | None, credential: str | None, config: str | None, **rest: object
-    ) -> object:
+    def wrapped(*, key_file: str | None, credential: str | None, config: str | None, **rest: object) -> object:
         # What the rooms below log (a key file that others can read, say) is for the person at the terminal.
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("encfs-js: warning: %(message)s"))

@@ -83,11 +83,7 @@ def _daemon(entry: MountEntry) -> Iterator[int | None]:
     fd = None
     with contextlib.suppress(OSError, ValueError, TypeError):
         holder = state.holder(entry.source)
-        if (
-            holder
-            and holder.get("mountpoint") == entry.mountpoint
-            and holder.get("host") == os.uname().nodename
-        ):
+        if holder and holder.get("mountpoint") == entry.mountpoint and holder.get("host") == os.uname().nodename:
             fd = os.pidfd_open(int(str(holder.get("pid"))))
     try:
         yield fd
@@ -103,9 +99,7 @@ def _wait_for(daemon: int | None) -> None:
     poll = select.poll()
     poll.register(daemon, select.POLLIN)
     if not poll.poll(_PATIENCE_MS):
-        print(
-            "encfs-js: unmounted; the daemon still writes to the disk, waiting for its end", file=sys.stderr
-        )
+        print("encfs-js: unmounted; the daemon still writes to the disk, waiting for its end", file=sys.stderr)
         poll.poll()
 
 
@@ -189,21 +183,15 @@ def _print_facts(facts: dict[str, Any]) -> None:
         ("daemon", serving[facts["serving"]]),
     ]
     if facts["cipher"]:
-        lines.append(
-            ("sealing", f"{facts['cipher']}, epoch {facts['epoch']}, plaintext: {facts['plaintext']}")
-        )
+        lines.append(("sealing", f"{facts['cipher']}, epoch {facts['epoch']}, plaintext: {facts['plaintext']}"))
     if facts["guard"] is not None:
         lines.append(
             (
                 "guard",
-                f"closed over {plural(len(facts['guard']), 'directory', 'directories')}"
-                if facts["guard"]
-                else "open",
+                f"closed over {plural(len(facts['guard']), 'directory', 'directories')}" if facts["guard"] else "open",
             )
         )
-        lines += [
-            ("", f"{shown(c['directory'])}: {shown(c['file'])} page {c['page']}") for c in facts["guard"]
-        ]
+        lines += [("", f"{shown(c['directory'])}: {shown(c['file'])} page {c['page']}") for c in facts["guard"]]
     if facts["problem"]:
         lines.append(("problem", facts["problem"]))
     print(shown(facts["mountpoint"]))

@@ -85,9 +85,7 @@ def _print_verified(store: str, report: Report) -> None:
         last = f"-{damage.page + damage.pages - 1}" if damage.pages > 1 else ""
         print(f"damaged: {shown(damage.path)} page {damage.page}{last}")
     for path, page in report.crashed:
-        print(
-            f"unclean stop: {shown(path)} from page {page} on was never synced; the next mount cuts it there"
-        )
+        print(f"unclean stop: {shown(path)} from page {page} on was never synced; the next mount cuts it there")
     for path in report.unfinished:
         print(f"unclean stop: {shown(path)} was being rewritten; the next mount finishes that")
     for path, error in report.unreadable:
@@ -97,9 +95,7 @@ def _print_verified(store: str, report: Report) -> None:
     counts = [f"{count} {name}" for name, count in sorted(report.suites.items())]
     counts += [f"{count} of epoch {epoch}" for epoch, count in sorted(report.epochs.items())]
     print(f"  {plural(report.files, 'file')}" + (f": {', '.join(counts)}" if counts else ""))
-    print(
-        f"  {plural(report.pages, 'page')}, {size(report.pages * PAGE)}, {size(report.plain)} of it plain text"
-    )
+    print(f"  {plural(report.pages, 'page')}, {size(report.pages * PAGE)}, {size(report.plain)} of it plain text")
     if report.empty:
         print(f"  {plural(report.empty, 'empty file')}")
     if report.plaintext_files:

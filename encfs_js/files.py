@@ -231,7 +231,9 @@ class Files:
             return done
         if self._reserve is None or not self._reserve.give_up():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        log.warning("the disk is full: the reserve of %d bytes is given up for data already accepted", self._reserve.size)
+        log.warning(
+            "the disk is full: the reserve of %d bytes is given up for data already accepted", self._reserve.size
+        )
         rest = memoryview(data)[done:]
         if file.write(offset + done, rest) < len(rest):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

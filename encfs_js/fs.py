@@ -47,9 +47,12 @@ _NODE: Final = (1 << 61) - 1
 _DIRECTORY_SERIALS: Final = 1 << 12
 _DIRECTORY_SHIFT: Final = 48
 
-# A thread costs 55-140 us a request (measured); a sync that took less than this on average is made in the loop.
-_QUICK_SYNC: Final = 0.0006
+# A thread costs 55-140 us a request (measured); what waited less than this for the disk on average is done in the loop.
+_QUICK: Final = 0.0006
 _GROW: Final = 1 << 20
+# The kernel's own read-ahead makes requests of 128 KiB and more; then the rest of a message block will be wanted too.
+_SEQUENTIAL: Final = 128 << 10
+_READ_AHEAD: Final = 4 << 20
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +93,8 @@ class Operations(pyfuse3.Operations):
         self._files = files
         self._writeback = writeback
         self._read_only = read_only
-        self._sync_took = 0.0
+        self._pace_of_syncs = _Pace()
+        self._pace_of_reads = _Pace()
         self._listings: dict[int, list[tuple[int, bytes]]] = {}
         self._serial = 0
 
@@ -300,8 +304,16 @@ class Operations(pyfuse3.Operations):
             if exc.errno != errno.EOPNOTSUPP:
                 raise
             return self._files.read(node, off, size)
-        await trio.to_thread.run_sync(_warm, self._tree.io, node.fd, off, size)
+        await self._fetch(node.fd, off, size)
         return self._files.read(node, off, size)
+
+    async def _fetch(self, fd: int, off: int, size: int) -> None:
+        """Bring the pages that hold a plain range into memory, and start on what a sequential reader will want next."""
+        first, last = page_of(off)[0], page_of(off + size)[0]
+        io, start, end = self._tree.io, first * PAGE, (last + 1) * PAGE
+        ahead = _READ_AHEAD if size >= _SEQUENTIAL else 0
+        io.fadvise(fd, start, end - start + ahead, os.POSIX_FADV_WILLNEED)
+        await self._pace_of_reads.run(_await_pages, io, fd, start, end)
 
     @replies
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -321,13 +333,7 @@ class Operations(pyfuse3.Operations):
 
     async def _sync(self, fd: int, *, datasync: bool) -> None:
         io = self._tree.io
-        call = io.fdatasync if datasync else io.fsync
-        started = time.perf_counter()
-        if self._sync_took < _QUICK_SYNC:
-            call(fd)
-        else:
-            await trio.to_thread.run_sync(call, fd)
-        self._sync_took += (time.perf_counter() - started - self._sync_took) / 8
+        await self._pace_of_syncs.run(io.fdatasync if datasync else io.fsync, fd)
 
     @replies
     async def release(self, fh: int) -> None:
@@ -384,7 +390,23 @@ class Operations(pyfuse3.Operations):
             io.close(fd)
 
 
-def _warm(io: Backing, fd: int, offset: int, size: int) -> None:
-    """Bring the pages that hold a plain range into memory, in a thread: into a scratch buffer that nobody looks at."""
-    first, last = page_of(offset)[0], page_of(offset + size)[0]
-    io.preadv(fd, [bytearray((last - first + 1) * PAGE)], first * PAGE)
+class _Pace:
+    """Runs calls that wait for the disk: in the loop while they have been quick, in a thread while they have not."""
+
+    def __init__(self) -> None:
+        self._took = 0.0
+
+    async def run(self, call: Callable[..., object], *args: object) -> None:
+        started = time.perf_counter()
+        if self._took < _QUICK:
+            call(*args)
+        else:
+            await trio.to_thread.run_sync(call, *args)
+        self._took += (time.perf_counter() - started - self._took) / 8
+
+
+def _await_pages(io: Backing, fd: int, start: int, end: int) -> None:
+    """Wait until the pages asked for are in memory: one byte of every 128 KiB, so that nothing is copied."""
+    byte = bytearray(1)
+    for at in (*range(start, end - PAGE, _SEQUENTIAL), end - PAGE):
+        io.preadv(fd, [byte], at)

@@ -171,9 +171,7 @@ def survey(io: Backing, store: str, epochs: frozenset[int], *, plaintext: bool) 
     return found
 
 
-def _count(
-    io: Backing, fd: int, path: bytes, found: Survey, epochs: frozenset[int], *, plaintext: bool
-) -> None:
+def _count(io: Backing, fd: int, path: bytes, found: Survey, epochs: frozenset[int], *, plaintext: bool) -> None:
     size = io.fstat(fd).st_size
     pages, rest = divmod(size, PAGE)
     start = bytearray(HEADER)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
@@ -135,9 +135,7 @@ def mount(options: Options, keys: Keys, *, foreground: bool) -> int:
     """
     check_store(options.store)
     check_mountpoint(options.store, options.mountpoint)
-    options = replace(
-        options, store=os.path.realpath(options.store), mountpoint=os.path.realpath(options.mountpoint)
-    )
+    options = replace(options, store=os.path.realpath(options.store), mountpoint=os.path.realpath(options.mountpoint))
     if foreground:
         return _serve(options, keys, None)
     reader, writer = os.pipe()
@@ -246,7 +244,9 @@ def _serve(options: Options, keys: Keys, ready: int | None) -> int:
     for fd in session.fuse_descriptors() - before:
         session.answer_promptly(fd)
     _tune(options.mountpoint)
-    log.info("%s mounted at %s, %s, epoch %d", options.store, options.mountpoint, file_keys.suite.label, file_keys.epoch)
+    log.info(
+        "%s mounted at %s, %s, epoch %d", options.store, options.mountpoint, file_keys.suite.label, file_keys.epoch
+    )
     try:
         trio.run(_main, options, keys, files, run, ready)
     except BaseException:
@@ -355,4 +355,4 @@ def _syncfs(fd: int) -> None:
 
 
 def _now() -> datetime:
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)

@@ -33,7 +33,19 @@ class Node:
     kernel's cache. size: plain size in bytes when last closed, None if never looked at. checked: the crash rule was applied.
     """
 
-    __slots__ = ("cached_writers", "checked", "children", "fd", "file", "generation", "ino", "names", "opens", "size", "writable")
+    __slots__ = (
+        "cached_writers",
+        "checked",
+        "children",
+        "fd",
+        "file",
+        "generation",
+        "ino",
+        "names",
+        "opens",
+        "size",
+        "writable",
+    )
 
     def __init__(self, ino: int, generation: int) -> None:
         self.ino = ino
@@ -148,7 +160,9 @@ class Tree:
             raise _error(errno.EPERM)
         return self.below(parent, name)
 
-    def _made(self, parent: Node, name: bytes, path: bytes, mode: int, uid: int, gid: int) -> tuple[Node, os.stat_result]:
+    def _made(
+        self, parent: Node, name: bytes, path: bytes, mode: int, uid: int, gid: int
+    ) -> tuple[Node, os.stat_result]:
         """Give what was just made to its maker, as the kernel would: the group is the directory's where that says so."""
         if self._give and (uid or gid):
             keep_group = self.stat(parent).st_mode & stat.S_ISGID
@@ -158,7 +172,9 @@ class Tree:
                 self.io.chmod(path, stat.S_IMODE(mode) | found.st_mode & stat.S_ISGID, dir_fd=self.root_fd)
         return self.lookup(parent, name)
 
-    def create(self, parent: Node, name: bytes, mode: int, uid: int, gid: int, *, exclusive: bool) -> tuple[Node, int, os.stat_result]:
+    def create(
+        self, parent: Node, name: bytes, mode: int, uid: int, gid: int, *, exclusive: bool
+    ) -> tuple[Node, int, os.stat_result]:
         """Make a regular file and open it. Returns its node, the open descriptor and its stat. Raises OSError."""
         path = self._new_path(parent, name)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_EXCL if exclusive else 0)

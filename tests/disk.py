@@ -23,7 +23,8 @@ subsets of them can be on the disk). Its rules, and why each is there:
  6. fsync makes durable what was written to the file before it was called: data, size, ctime, and that the file has
     the name under which it was made, with the directories above (ext4, XFS and btrfs do that, man page or not). It
     promises no other name. fdatasync leaves out what reading the data does not need: a ctime alone, and the name.
- 7. Operations on names are atomic (rename(2)), and two that touch the same directory keep their order. They are durable
+ 7. Operations on names are atomic (rename(2)), and two that touch the same directory, or the same file, keep their order:
+    a directory does not go before what was in it, and nothing is moved into one that is not there. They are durable
     when the directory was synced, and not before. Operations on different directories may overtake each other (ALICE
     saw btrfs do it); a rename between two directories stands in the order of both.
  8. In half of the states the file system is one with a single journal instead (ext4, XFS): all changes of inodes and names
@@ -379,8 +380,12 @@ class Disk:
 
 
 def touched(op: Enter | Leave | Move) -> set[int]:
-    """The directories that an operation changes."""
-    return {op.directory, op.new_directory} if isinstance(op, Move) else {op.directory}
+    """What an operation changes, and so cannot overtake: the directories, and what gets or loses a name."""
+    match op:
+        case Move():
+            return {op.directory, op.new_directory, op.file} | ({op.other} if op.other is not None else set())
+        case _:
+            return {op.directory, op.file}
 
 
 def _carry_out(names: dict[int, dict[bytes, int]], op: Enter | Leave | Move) -> None:

@@ -736,6 +736,10 @@ def relation(old: int | None, value: int, window: tuple[int, int]) -> str:
         return str(value)
     if old is None:
         return "unknown"
+    if old < value < window[0] and old != NEW:
+        # With write-back the kernel keeps these times. When it drops the inode from its cache, at a moment of its
+        # own choice, the times of the store show, which are those of the write-back: later, but before this call.
+        return "unchanged"
     return "fresh" if window[0] <= value <= window[1] else "changed, but not to the time of the call"
 
 

@@ -27,7 +27,6 @@ from encfs_js.errors import IntegrityError
 from encfs_js.files import Files
 from encfs_js.format import Suite
 from encfs_js.guard import Guard
-from encfs_js.keyring import Settings
 from encfs_js.reserve import Reserve
 from encfs_js.sealed import FileKeys
 from encfs_js.state import State
@@ -85,6 +84,13 @@ def file_keys(suite: Suite) -> FileKeys:
     return FileKeys(VOLUME_KEYS.__getitem__, suite, 1, random.Random(2).randbytes)
 
 
+class Settings(NamedTuple):
+    """keys: of the store's files; plaintext: files that are not sealed are shown."""
+
+    keys: FileKeys
+    plaintext: bool = False
+
+
 @contextmanager
 def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator[Opened]:
     """Open a store as mount.py does when its state is `run`, and sweep it at once if the last stop was unclean."""
@@ -92,12 +98,12 @@ def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator
     log = redo.recover(io, tree.root_fd, tree.meta_fd, REDO_KEY)
     files = Files(
         tree,
-        file_keys(settings.cipher),
+        settings.keys,
         run,
         REDO_KEY,
         Reserve(io, tree.meta_fd),
         lambda: dt.datetime.now(dt.UTC),
-        plaintext=settings.plaintext == "read",
+        plaintext=settings.plaintext,
         writeback=True,
     )
     try:
@@ -388,7 +394,14 @@ class AfterCut(Shown):
         pass
 
 
-def judge(recorded: Recorded, found: Found, inodes: dict[int, int], world: World, where: Path) -> str:
+def judge(
+    recorded: Recorded,
+    found: Found,
+    inodes: dict[int, int],
+    world: World,
+    where: Path,
+    also: Callable[[Opened], str] = lambda stack: "",
+) -> str:
     """Open the store as it was found and say what is wrong with it, or an empty string."""
     store = where / "found"
     store.mkdir()
@@ -398,7 +411,7 @@ def judge(recorded: Recorded, found: Found, inodes: dict[int, int], world: World
         with opened(store, recorded.settings, AfterCut(recorded, found, numbers, inodes), CUT) as stack:
             if any(b"orphan" in name for name in os.listdir(os.fsencode(store / ".encfs_js"))):
                 return "a redo file lost its target"
-            return _wrong_files(stack, names, world) or _wrong_names(stack, names, world)
+            return _wrong_files(stack, names, world) or _wrong_names(stack, names, world) or also(stack)
     finally:
         shutil.rmtree(store)
 

@@ -312,7 +312,7 @@ class Recording(Backing):
 def load(sink: str | Path) -> Trace:
     """Read what a Recording in another process has written so far; the last operation may be cut."""
     ops, base = [], 0
-    for what in _loaded(sink):
+    for what, _ in _loaded(sink):
         if isinstance(what, int):
             base = what
         else:
@@ -320,15 +320,15 @@ def load(sink: str | Path) -> Trace:
     return Trace(ops, base)
 
 
-def count(sink: str | Path) -> int:
-    """How many operations are in the file."""
-    return sum(not isinstance(what, int) for what in _loaded(sink))
+def ends(sink: str | Path) -> list[int]:
+    """How long the file was after each operation."""
+    return [end for what, end in _loaded(sink) if not isinstance(what, int)]
 
 
-def _loaded(sink: str | Path) -> Iterator[Any]:
+def _loaded(sink: str | Path) -> Iterator[tuple[Any, int]]:
     with open(sink, "rb") as file:
         while True:
             try:
-                yield pickle.load(file)
+                yield pickle.load(file), file.tell()
             except (EOFError, pickle.UnpicklingError):
                 return

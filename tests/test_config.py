@@ -285,7 +285,7 @@ NAMES = st.sampled_from(
 TREES = st.recursive(VALUES, lambda inner: st.dictionaries(NAMES, inner, max_size=4), max_leaves=12)
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 @given(TREES.map(lambda tree: yaml.safe_dump(tree, allow_unicode=True).encode()) | st.binary(max_size=60))
 def test_any_file_is_a_configuration_or_an_error_for_people(text):
     try:

@@ -209,7 +209,7 @@ def test_every_cut_is_refused():
                 keyring.parse(cut)
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 @given(st.data())
 def test_any_splice_is_refused(data):
     start = data.draw(st.integers(0, len(DOCUMENT)))
@@ -235,7 +235,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 @given(st.data())
 def test_no_forgery_without_the_key_is_ever_opened(data):
     """Any place holds any other value, or is gone, and the checksum is right again."""

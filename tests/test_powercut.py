@@ -16,11 +16,10 @@ import powercut
 import powerstore
 import pytest
 from powercut import FullDisk, Judge, Promise, Variant
-from powerstore import App
+from powerstore import App, Settings, file_keys
 
 from encfs_js import crash
 from encfs_js.format import PAGE, Suite, capacity, pages_for, plain_start
-from encfs_js.keyring import Settings
 from encfs_js.sealed import SealedFile
 
 SCALE = int(os.environ.get("POWERCUT_SCALE", "1"))
@@ -158,7 +157,7 @@ def cut_and_compacted(app: App) -> None:
 @pytest.mark.parametrize("way", [published, published_always, replaced, cut_and_compacted])
 def test_nats_ways(way, plaintext, quick):
     suite = Suite.AES if plaintext == "read" else Suite.CHACHAPOLY
-    recorded = powerstore.record(quick, Settings(suite, plaintext, 1), earlier_run, way)
+    recorded = powerstore.record(quick, Settings(file_keys(suite), plaintext == "read"), earlier_run, way)
     states, failure = powerstore.search(recorded, f"{way.__name__}/{SEED}", 15 * SCALE, quick)
     print(f"{states} states, {len(recorded.trace.ops) - recorded.trace.base} operations")
     assert failure is None
@@ -225,7 +224,7 @@ def test_random_operations_on_a_store(plaintext, quick):
                 wander(app, rng, 14)
 
         recorded = powerstore.record(
-            quick, Settings(suite, plaintext, 1), before, lambda app, rng=rng: wander(app, rng, 25), plain
+            quick, Settings(file_keys(suite), plaintext == "read"), before, lambda app, rng=rng: wander(app, rng, 25), plain
         )
         found, failure = powerstore.search(recorded, seed, 3, quick)
         states += found

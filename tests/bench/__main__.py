@@ -145,10 +145,12 @@ def main():
         "python": platform.python_version(),
         "server": server.version(),
         "filesystem": filesystem(options.directory),
-        "load_before": os.getloadavg()[0],
+        "load_before": round(os.getloadavg()[0], 2),
         "cold": os.access("/proc/sys/vm/drop_caches", os.W_OK),
     }
     print("  ".join(f"{name}: {value}" for name, value in machine.items()))
+    if machine["load_before"] > 0.5:
+        print("something else runs here (load_before): do not trust the figures")
     if not machine["cold"]:
         print("not root: the page cache cannot be dropped, figures called cold are warm")
     runs, failures, began = [], [], time.monotonic()

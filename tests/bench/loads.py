@@ -169,12 +169,12 @@ def file(store, size):
     with mounted(store) as daemon:
         settle()
         before = reading(None, daemon)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with contextlib.closing(open(descriptor, "wb", buffering=0)) as writer:
+        with open(path, "xb", buffering=0) as writer:
             for index in range(size.file_mib):
                 chunk[:8] = index.to_bytes(8, "little")
-                writer.write(chunk)
-            os.fsync(descriptor)
+                if writer.write(chunk) != MIB:
+                    raise RunError(f"MiB {index} of the file was written in part")
+            os.fsync(writer.fileno())
         written = between(before, reading(None, daemon))
     with mounted(store) as daemon:
         drop_caches()

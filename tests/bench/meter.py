@@ -72,17 +72,22 @@ def between(before, after):
     cost = {"wall": round(after.begun - before.done, 6)}
     for name in ("server", "daemon", "client", "idle", "waiting"):
         cost[name] = round(getattr(after, name) - getattr(before, name), 4)
+    ours = sum(cost[name] for name in ("server", "daemon", "client", "idle", "waiting"))
+    cost["others"] = round(max(cost["wall"] * CORES - ours, 0.0), 4)  # the kernel's own threads among them
     return cost | {"bound": bound(cost)}
 
 
 def bound(cost):
-    """Name what held a load up: `client`, `cpu` of the machine, `disk`, threads of daemon or server, `latency`.
+    """Name what held a load up.
 
-    The last means that nobody was busy: one waited for the other.
+    `other processes` make the figures worthless; `cpu` is that of the whole machine; `threads of the server` means
+    that one step which only one thread at a time can take was always busy; `latency` means that nobody was busy.
     """
     wall = max(cost["wall"], 1e-6)
     if wall < 20 / TICK:
         return "too short to say"
+    if cost["others"] / (wall * CORES) > 0.2:
+        return "other processes"
     if cost["client"] / wall > 0.85:
         return "client"
     if (cost["idle"] + cost["waiting"]) / (wall * CORES) < 0.15:
