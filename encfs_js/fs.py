@@ -13,9 +13,11 @@ close(2) by itself, and nothing else is to be done then. fsync and fsyncdir must
 
 from __future__ import annotations
 
+import bisect
 import errno
 import functools
 import logging
+import operator
 import os
 import stat
 import time
@@ -360,12 +362,13 @@ class Operations(pyfuse3.Operations):
         directory = self._tree.node(inode)
         if start_id == 0 or fh not in self._listings:
             self._listings[fh] = self._tree.listing(directory)
+        for offset, name, known in ((1, b".", directory), (2, b"..", self._tree.parent(directory))):
+            if start_id < offset:
+                entry = self._entry(known, self._tree.stat(known))
+                if not pyfuse3.readdir_reply(token, name, entry, offset):
+                    return
         listing = self._listings[fh]
-        low, high = 0, len(listing)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if listing[middle][0] <= start_id else (low, middle)
-        for offset, name in listing[low:]:
+        for offset, name in listing[bisect.bisect_right(listing, start_id, key=_offset) :]:
             try:
                 node, found = self._tree.lookup(directory, name)
             except FileNotFoundError:
@@ -388,6 +391,9 @@ class Operations(pyfuse3.Operations):
             await self._sync(fd, datasync=datasync)
         finally:
             io.close(fd)
+
+
+_offset = operator.itemgetter(0)
 
 
 class _Pace:

@@ -24,6 +24,7 @@ from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAS
 from encfs_js.files import Files
 from encfs_js.fs import Operations
 from encfs_js.guard import Guard
+from encfs_js.mounts import FS_TYPE, mounts
 from encfs_js.reserve import Reserve
 from encfs_js.sealed import FileKeys
 from encfs_js.tree import Tree
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from encfs_js.keyring import Keys
 
 log: Final = logging.getLogger("encfs_js")
-FS_TYPE: Final = "fuse.encfs_js"
 _RETRY_UNMOUNT: Final = 0.5
 _HOUSEKEEPING: Final = 5.0
 # Each may wait for a disk (a sync, a cold read) while the others go on; each has a buffer of 1 MiB.
@@ -54,33 +54,6 @@ class Options:
 
 
 # -- what must hold before
-
-
-@dataclass(frozen=True, slots=True)
-class MountEntry:
-    """One line of /proc/self/mountinfo: device "major:minor", where, file system type, source."""
-
-    device: str
-    mountpoint: str
-    fs_type: str
-    source: str
-
-
-def mounts() -> list[MountEntry]:
-    """Return what is mounted, in the kernel's order."""
-    entries = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            left, right = line.rstrip("\n").split(" - ", 1)
-            fields, kind = left.split(" "), right.split(" ")
-            entries.append(MountEntry(fields[2], _unescape(fields[4]), kind[0], _unescape(kind[1])))
-    return entries
-
-
-def _unescape(text: str) -> str:
-    for code in ("040", "011", "012", "134"):
-        text = text.replace("\\" + code, chr(int(code, 8)))
-    return text
 
 
 def check_store(store: str) -> None:

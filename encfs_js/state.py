@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import hmac
 import json
@@ -39,10 +40,16 @@ class State:
 def lock(store: str, mountpoint: str, since: str) -> int:
     """Take the store for writing. Returns the descriptor that holds it; closing it gives the store back.
 
-    Raises StoreBusyError, which says who holds it.
+    Raises StoreBusyError, which says who holds it. On a read-only file system nobody can write, so there is nothing to
+    take; whether that will do is for the caller to know, who gets the descriptor of the directory.
     """
     path = os.path.join(store, META, "lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        if exc.errno != errno.EROFS:
+            raise
+        return os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -62,7 +62,9 @@ class Node:
 
 
 def cookie(name: bytes) -> int:
-    """Return a directory entry's offset: 62 bits of its name alone, so that a listing can go on anywhere, in any process."""
+    """Return a directory entry's offset, from 3 (1 and 2 are `.` and `..`): 62 bits of its name alone, so that a listing
+    can go on anywhere, in any process.
+    """
     return (zlib.crc32(name) << 30 | zlib.adler32(name[::-1]) >> 2) + 3
 
 
@@ -105,6 +107,10 @@ class Tree:
                 raise _error(errno.ENOENT)
             return name
         return self.path(parent) + b"/" + name
+
+    def parent(self, directory: Node) -> Node:
+        """Return the directory above; the root's is itself."""
+        return directory.names[0][0] if directory.names else self.root
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         """Find an entry. Raises OSError ENOENT, and EXDEV where another file system is mounted inside the store."""

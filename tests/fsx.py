@@ -183,8 +183,9 @@ class Exerciser:
         data = self.dice.randbytes(stop - start)
         view.put(start, data)
         self.keep(data, start)
-        if self.options.pollute and stop <= len(self.model) < view.size:
-            view.put(len(self.model), self.dice.randbytes(view.size - len(self.model)))
+        if self.options.pollute:
+            tail = min(-len(self.model) % KERNEL_PAGE, view.size - len(self.model))  # what follows is SIGBUS
+            view.put(len(self.model), self.dice.randbytes(max(tail, 0)))
         if self.dice.random() < 0.3:
             view.sync()
 

@@ -560,7 +560,8 @@ class Pair:
             os.chmod(os.path.join(side.base, self.current), 0o755)
             for worker in side.workers.values():
                 worker.enter(self.current)
-            side.before = self._worker(side, ROOT).ask("observe", (), {"contents": True})[1]
+            side.before = self._worker(side, ROOT).ask("observe", (), {})[1]
+            side.before["."]["atime"] = None
         return self
 
     def finish(self) -> None:

@@ -100,7 +100,7 @@ def test_one_file(size: int, length: int, edges: bool, seed: int, mount: mounts.
     exerciser = Exerciser(str(mount.path / f"f-{size}-{seed}"), seed * 1000 + size, options)
     exerciser.open(new=True)
     with contextlib.closing(exerciser):
-        exerciser.run(1500 if size < 1_000_000 else 250)
+        exerciser.run(1200 if size < 1_000_000 else 200)
         exerciser.check()
 
 
@@ -174,7 +174,7 @@ def test_several_files_and_remounts(cipher: str, tmp_path: Path) -> None:
         for exerciser in exercisers:
             exerciser.open(new=True)
         try:
-            fsx.run_together(exercisers, 1200, dice=dice, remount=remount, every=300)
+            fsx.run_together(exercisers, 900, dice=dice, remount=remount, every=300)
         finally:
             for exerciser in exercisers:
                 exerciser.close()

@@ -80,10 +80,13 @@ class Case(NamedTuple):
 
 CASES = [
     Case(where, disk, mib, sync, size)
-    for disk, mib, size in (("ext4", 64, 3000), ("tmpfs", 64, 3000), ("ext4", 300, 30_000))
-    for sync in (None, "always")
+    for disk, mib, sync, size in (
+        ("ext4", 64, None, 3000),
+        ("ext4", 64, "always", 3000),
+        ("tmpfs", 64, None, 3000),
+        ("ext4", 300, None, 30_000),
+    )
     for where in ("plain", "mount")
-    if mib == 64 or sync is None
 ]
 
 

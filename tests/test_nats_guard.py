@@ -136,7 +136,6 @@ def test_guard_keeps_a_damaged_stream(tmp_path: Path, damage: str, index: str) -
     status = mounts.run("guard", "status", store, "--json", code=26)
     closed = json.loads(status.stdout)["closed"]
     assert [(entry["directory"], entry["file"], entry["page"]) for entry in closed] == [(VICTIM, name, page)]
-    assert VICTIM in mounts.run("guard", "status", store, code=26).stdout
 
     # The guard stays closed across a remount, before anything has been read.
     with mounts.mounted(store, mountpoint) as mount:
@@ -154,7 +153,7 @@ def test_guard_keeps_a_damaged_stream(tmp_path: Path, damage: str, index: str) -
                 attempt()
             assert refusal.value.errno == errno.EROFS
         os.unlink(mountpoint / "jetstream" / "$G" / "streams" / "OTHER" / "msgs" / "index.db")
-    with mounts.mounted(store, mountpoint, expect=("VICTIM",)) as mount:
+        mount.expect("VICTIM")
         server_lives_with_it()
     nothing_lost()
 

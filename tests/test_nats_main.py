@@ -37,7 +37,7 @@ class World(NamedTuple):
     """What was put into a server and has to come out of it, whatever happens in between."""
 
     orders: list[world.Message]  # stream ORDERS, with headers, several message sizes
-    logs: list[world.Message]  # stream LOGS, compressed with s2, three blocks
+    logs: list[world.Message]  # stream LOGS, compressed with s2, two blocks
     values: dict[str, list[bytes | None]]  # KV bucket settings: the history of every key, None is a delete
     image: bytes  # object store files, object image
 
@@ -45,7 +45,7 @@ class World(NamedTuple):
 def fill(server: world.Server) -> World:
     made = World(
         orders=world.sample("orders", 3000, marker=MARKER, tag="first"),
-        logs=world.sample("logs", 640, size=80_000, tag="log", text=True),
+        logs=world.sample("logs", 320, size=80_000, tag="log", text=True),
         values={f"key-{i}": [f"{i} {n} ".encode() + MARKER for n in range(i % 4 + 1)] for i in range(40)},
         image=MARKER + world.noise("image", 3_000_000) + MARKER,
     )

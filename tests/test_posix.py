@@ -2,6 +2,7 @@
 
 Most tests are tables in the order of the system calls; then come sequences at random, and what needs several
 processes or thousands of names. Where the mount is known to differ, the test says so by name (`test_documented_*`).
+Besides these: access times do not move by reading (as with noatime), and no file is longer than 8 TiB.
 """
 
 from __future__ import annotations
@@ -1388,6 +1389,40 @@ def test_documented_fallocate_is_not_supported(both: Pair, pair: Pair) -> None:
         assert answer == ("error", errno.errorcode[errno.EOPNOTSUPP])
 
 
+def test_documented_no_extended_attributes(both: Pair, pair: Pair) -> None:
+    """Not kept: the kernel would ask for one before every write. EOPNOTSUPP where ext4 says that there is none."""
+    both.create("f")
+    assert [worker.ask("getxattr", ("f", "user.x"), {}) for worker in roots(pair)] == [
+        ("error", "ENODATA"),
+        ("error", errno.errorcode[errno.EOPNOTSUPP]),
+    ]
+
+
+def test_documented_devices_do_not_open(both: Pair, pair: Pair) -> None:
+    """The mount is nodev and nosuid, as every FUSE mount is by default."""
+    both.mknod("null", stat.S_IFCHR, 0o666, 1, 3)
+    assert [worker.ask("open", ("null", os.O_RDWR), {}) for worker in roots(pair)] == [
+        ("ok", None),
+        ("error", "EACCES"),
+    ]
+
+
+def test_documented_set_group_id_without_execute_stays(both: Pair, pair: Pair) -> None:
+    """Such a file is no program, the bit once meant mandatory locks. ext4 clears it at a write by a stranger to the
+    group, the kernel's FUSE does not ask the daemon to."""
+    both.put("f", 1, 10)
+    both.chmod("f", 0o2666)
+    both.stat("f", by=B)
+    modes = []
+    for end, root in zip((side.workers[B] for side in pair.sides), roots(pair), strict=True):
+        assert end.ask("open", ("f", os.O_WRONLY), {"fd": "f"}) == ("ok", None)
+        assert end.ask("write", ("f", 1, 5), {}) == ("ok", 5)
+        modes.append(root.ask("stat", ("f",), {})[1]["mode"])
+        assert root.ask("chmod", ("f", 0o666), {}) == ("ok", None)
+    assert modes[0] == oct(0o666)
+    assert modes[1] in (oct(0o666), oct(0o2666))
+
+
 # --- locks, several processes ---------------------------------------------------------------------------------
 
 
@@ -1449,11 +1484,11 @@ def test_two_processes_append(both: Pair) -> None:
 # --- at random ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_calls(seed: int, pair: Pair) -> None:
     """Hundreds of calls by several users in a small name space; a failure shows the shortest sequence."""
-    times = seed >= 8
-    calls = posix_ops.random_calls(seed, 150 if times else 600)
+    times = seed >= 6
+    calls = posix_ops.random_calls(seed, 150 if times else 450)
     stop = posix_ops.differs(pair, calls, f"random-{seed}", times=times)
     if stop is not None:
         first = "\n".join([*pair.differences, pair.story()])
@@ -1673,7 +1708,7 @@ def test_what_was_made_is_there_after_a_remount(tmp_path: Path) -> None:
     plain, store, path = tmp_path / "plain", tmp_path / "store", tmp_path / "mount"
     plain.mkdir(mode=0o755)
     mounts.init(store)
-    calls = posix_ops.random_calls(77, 700)
+    calls = posix_ops.random_calls(77, 500)
     half = len(calls) // 2
     with mounts.mounted(store, path):
         os.chmod(path, 0o755)
