@@ -16,6 +16,7 @@ from encfs_js.backing import META, Backing, sync_directory
 from encfs_js.cli_key import ORDER, Source, SuiteType, key_options
 from encfs_js.cli_text import shown
 from encfs_js.errors import (
+    NotAStoreError,
     StoreBusyError,
     StoreExistsError,
     StoreIoError,
@@ -67,6 +68,8 @@ def init(source: Source, store: str | None, cipher: Suite | None, plaintext: str
 def _check_new(store: str, policy: str) -> None:
     """Refuse what `init` must not touch. Reads only."""
     parent = os.path.dirname(os.path.abspath(store))
+    if not os.path.isdir(parent):
+        raise NotAStoreError(f"{parent}: no such directory", hint=f"mkdir -p {shlex.quote(parent)}")
     if not os.path.lexists(store):
         mount.check_store(parent)
         return

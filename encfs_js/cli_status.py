@@ -106,7 +106,7 @@ def _wait_for(daemon: int | None) -> None:
 def _users(mountpoint: str) -> list[str]:
     """Name the processes that have something below the mountpoint open, as far as /proc shows them to us."""
     found = []
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+    for pid in sorted({int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}):
         with contextlib.suppress(OSError):
             links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root"]
             links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]

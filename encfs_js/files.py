@@ -148,15 +148,19 @@ class Files:
             self._tree.drop_if_gone(node)
 
     def open(self, node: Node, *, write: bool) -> bool:
-        """Count one more handle. Returns whether its writes must go to the disk one by one, for want of room (reserve.py)."""
+        """Count one more handle. Returns whether its writes must go to the disk one by one, for want of room (reserve.py).
+
+        All writers of a file go the same way: the kernel does not write back what it has cached before a direct read.
+        """
         self.attach(node, write=write)
         node.opens += 1
-        if not write or self._reserve is None:
+        if not write or not self._writeback:
             return False
-        if not self._writeback or self._has_room(node):
+        if node.cached_writers or not (node.direct_writers or not self._has_room(node)):
             node.cached_writers += 1
             self._writers.add(node)
             return False
+        node.direct_writers += 1
         return True
 
     def _has_room(self, node: Node) -> bool:
@@ -169,12 +173,14 @@ class Files:
         sizes = [self._io.fstat(other.fd).st_size for other in {*self._writers, node}]
         return free > sum(still_to_come(size) for size in sizes)
 
-    def release(self, node: Node, *, cached_writer: bool) -> None:
-        """Count one handle less."""
+    def release(self, node: Node, *, write: bool, direct: bool) -> None:
+        """Count one handle less: one that was opened so."""
         node.opens -= 1
-        if cached_writer:
+        if direct:
+            node.direct_writers = max(node.direct_writers - 1, 0)
+        elif write and node.cached_writers:
             node.cached_writers -= 1
-            if node.cached_writers <= 0:
+            if not node.cached_writers:
                 self._writers.discard(node)
         self.detach(node)
 

@@ -44,7 +44,7 @@ TIMEOUT: Final = 3600.0
 # What `fh` says beside the node id: nothing has to be remembered per handle.
 _SYNC: Final = 1 << 63  # direct I/O does not ask for an fsync after an O_SYNC write; we must
 _DIRECT: Final = 1 << 62
-_CACHED_WRITER: Final = 1 << 61
+_WRITER: Final = 1 << 61
 _NODE: Final = (1 << 61) - 1
 _DIRECTORY_SERIALS: Final = 1 << 12
 _DIRECTORY_SHIFT: Final = 48
@@ -258,7 +258,7 @@ class Operations(pyfuse3.Operations):
         direct = self._files.open(node, write=write)
         fh = node.ino
         if write:
-            fh |= _DIRECT if direct else _CACHED_WRITER
+            fh |= _WRITER | (_DIRECT if direct else 0)
         if flags & os.O_SYNC == os.O_SYNC or flags & os.O_DSYNC:
             fh |= _SYNC
         return pyfuse3.FileInfo(fh=fh, direct_io=direct, keep_cache=True)
@@ -342,7 +342,7 @@ class Operations(pyfuse3.Operations):
         """Close a handle."""
         node = self._tree.nodes.get(fh & _NODE)
         if node is not None:
-            self._files.release(node, cached_writer=bool(fh & _CACHED_WRITER))
+            self._files.release(node, write=bool(fh & _WRITER), direct=bool(fh & _DIRECT))
 
     # -- directories
 

@@ -29,14 +29,16 @@ HIDDEN: Final = META.encode()
 class Node:
     """What is known of one file. `names`: (directory, name) by which it was found; directories have at most one.
 
-    file, fd: the content, while open. opens: how many FUSE handles; cached_writers: those of them that write through the
-    kernel's cache. size: plain size in bytes when last closed, None if never looked at. checked: the crash rule was applied.
+    file, fd: the content, while open. opens: how many FUSE handles; cached_writers, direct_writers: those of them that
+    write, through the kernel's cache or past it. size: plain size in bytes when last closed, None if never looked at.
+    checked: the crash rule was applied.
     """
 
     __slots__ = (
         "cached_writers",
         "checked",
         "children",
+        "direct_writers",
         "fd",
         "file",
         "generation",
@@ -57,13 +59,15 @@ class Node:
         self.writable = False
         self.opens = 0
         self.cached_writers = 0
+        self.direct_writers = 0
         self.size: int | None = None
         self.checked = False
 
 
 def cookie(name: bytes) -> int:
-    """Return a directory entry's offset, from 3 (1 and 2 are `.` and `..`): 62 bits of its name alone, so that a listing
-    can go on anywhere, in any process.
+    """Return a directory entry's offset: 62 bits of its name alone, so that a listing can go on anywhere, in any process.
+
+    From 3 on: 1 and 2 are those of `.` and `..`.
     """
     return (zlib.crc32(name) << 30 | zlib.adler32(name[::-1]) >> 2) + 3
 

@@ -39,9 +39,7 @@ async def fill(jetstream: JetStreamContext) -> None:
     await jetstream.add_consumer("ORDERS", config)
     for start in range(0, MESSAGES, WINDOW):
         batch = range(start, start + WINDOW)
-        await asyncio.gather(
-            *(jetstream.publish(f"orders.{i % 10}", payload(i), headers=headers(i)) for i in batch)
-        )
+        await asyncio.gather(*(jetstream.publish(f"orders.{i % 10}", payload(i), headers=headers(i)) for i in batch))
     consumer = await jetstream.pull_subscribe_bind("billing", stream="ORDERS")
     taken = 0
     while taken < ACKED:
@@ -54,13 +52,9 @@ async def fill(jetstream: JetStreamContext) -> None:
     objects = await jetstream.create_object_store(bucket="files")
     await objects.put("report", OBJECT)
     size = sum(len(payload(i)) for i in range(MESSAGES))
-    print(
-        f"Published {MESSAGES} messages with headers ({size} bytes) to the stream ORDERS, each acked by the server."
-    )
+    print(f"Published {MESSAGES} messages with headers ({size} bytes) to the stream ORDERS, each acked by the server.")
     print(f"The durable consumer billing has taken and acked {ACKED} of them.")
-    print(
-        f"The KV bucket settings holds {KEYS} keys, the object store files one object of {len(OBJECT)} bytes."
-    )
+    print(f"The KV bucket settings holds {KEYS} keys, the object store files one object of {len(OBJECT)} bytes.")
 
 
 async def check(jetstream: JetStreamContext) -> None:

@@ -118,10 +118,10 @@ class File:
         self.events.append(Event(self.size, at, grave=False))
 
     def write(self, offset: int, data: bytes, at: int) -> None:
-        end = offset + len(data)
+        start, end = offset, offset + len(data)
         while offset < end:
             page, skip = divmod(offset, PAGE)
-            part = data[len(data) - (end - offset) :][: PAGE - skip]
+            part = data[offset - start : offset - start + PAGE - skip]
             if offset + len(part) > self.size:
                 self._grow(offset + len(part), at)
             else:

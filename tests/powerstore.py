@@ -298,6 +298,9 @@ def record(
     before: Callable[[App], None],
     then: Callable[[App], None],
     plain: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    app: type[App] = App,
+    io: type[QuietRecording] | None = None,
 ) -> Recorded:
     """Make a store, let an application do `before` in a run that ends cleanly, and record what it does `then`.
 
@@ -311,14 +314,14 @@ def record(
     with opened(store, settings, earlier, State(clean=False, began=DAY_NS, windows=())) as first:
         before(App(store, earlier, first))
         contents = {path: first.read(path) for path in first.all_files()}
-    io = QuietRecording(store)
-    start = {io.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()}
-    with opened(store, settings, io, State(clean=False, began=BEGAN, windows=())) as second:
-        app = App(store, io, second)
-        then(app)
-        trace = io.trace
+    backing = (io or QuietRecording)(store)
+    start = {backing.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()}
+    with opened(store, settings, backing, State(clean=False, began=BEGAN, windows=())) as second:
+        application = app(store, backing, second)
+        then(application)
+        trace = backing.trace
     shutil.rmtree(store)
-    return Recorded(trace, app.steps, start, settings)
+    return Recorded(trace, application.steps, start, settings)
 
 
 class Shown(Backing):

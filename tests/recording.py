@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROOT = 0
+RESERVE = "reserve"  # FORMAT.md 4.5: its content means nothing; it is left empty, for it is large
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class Recording(Backing):
                 self._note(Enter(directory, os.fsencode(entry.name), number, found.st_mode, found.st_ino, target))
                 if entry.is_dir(follow_symlinks=False):
                     self._snapshot(entry.path, number)
-                elif stat.S_ISREG(found.st_mode) and known is None:
+                elif stat.S_ISREG(found.st_mode) and known is None and entry.name != RESERVE:
                     with open(entry.path, "rb") as file:
                         self._note(Write(number, 0, file.read()))
 

@@ -9,7 +9,7 @@ set_up e2fsprogs
 cd "$root"
 export PATH=$root/.venv/bin:$PATH
 ruff check .
-ruff format --line-length 110 --check .
+ruff format --check .
 mypy
 
 # What a test that was killed leaves mounted is below this directory, and goes with it.

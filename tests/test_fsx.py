@@ -150,10 +150,14 @@ def test_several_processes_on_several_files(mount: mounts.Mount) -> None:
     assert [child.returncode for child in children] == [0, 0, 0, 0], "\n".join(told)
 
 
-@pytest.mark.parametrize("cipher", ["chachapoly", "aes"])
+@pytest.mark.parametrize(
+    ("cipher", "option"),
+    [("chachapoly", "--writeback"), ("aes", "--no-writeback")],
+    ids=["chachapoly", "aes"],
+)
 @pytest.mark.mount
 @fuse
-def test_several_files_and_remounts(cipher: str, tmp_path: Path) -> None:
+def test_several_files_and_remounts(cipher: str, option: str, tmp_path: Path) -> None:
     """Files of several sizes in turns; now and then the store is unmounted cleanly, verified, mounted again, read."""
     store, path = tmp_path / "store", tmp_path / "mount"
     mounts.init(store, cipher=cipher)
@@ -163,13 +167,13 @@ def test_several_files_and_remounts(cipher: str, tmp_path: Path) -> None:
         for n, size in enumerate((4100, 8200, 20_000, 100_000, 500_000))
     ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mounts.mounted(store, path))
+        stack.enter_context(mounts.mounted(store, path, option))
 
         def remount() -> None:
             stack.pop_all().close()
             assert mounts.verify(store)
             assert mounts.unsealed(store) == []
-            stack.enter_context(mounts.mounted(store, path))
+            stack.enter_context(mounts.mounted(store, path, option))
 
         for exerciser in exercisers:
             exerciser.open(new=True)

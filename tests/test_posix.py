@@ -1497,6 +1497,26 @@ def test_random_calls(seed: int, pair: Pair) -> None:
         raise AssertionError(f"seed {seed}: differed at call {stop}, but not again:\n{first}")
 
 
+def test_random_calls_without_writeback(tmp_path: Path) -> None:
+    """The same where the daemon keeps sizes and times, not the kernel."""
+    plain, store, path = tmp_path / "plain", tmp_path / "store", tmp_path / "mount"
+    plain.mkdir(mode=0o755)
+    mounts.init(store)
+    with mounts.mounted(store, path, "--no-writeback"):
+        os.chmod(path, 0o755)
+        pair = Pair(str(plain), str(path))
+        try:
+            for seed, count, times in ((31, 150, True), (32, 400, False)):
+                calls = posix_ops.random_calls(seed, count)
+                stop = posix_ops.differs(pair, calls, times=times)
+                if stop is not None:
+                    posix_ops.shortest(pair, calls[:stop], times=times)
+                assert stop is None, "\n".join([*pair.differences, pair.story()])
+        finally:
+            pair.finish()
+    assert mounts.verify(store)
+
+
 # --- directories ----------------------------------------------------------------------------------------------
 
 

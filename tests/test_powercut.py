@@ -15,10 +15,13 @@ from pathlib import Path
 import powercut
 import powerstore
 import pytest
-from powercut import FullDisk, Judge, Promise, Variant
+from disk import Disk
+from powercut import FullDisk, Judge, Variant
 from powerstore import App, Settings, file_keys
+from recording import Recording
 
-from encfs_js import crash
+from encfs_js import crash, keyring
+from encfs_js.errors import NotAStoreError
 from encfs_js.format import PAGE, Suite, capacity, pages_for, plain_start
 from encfs_js.sealed import SealedFile
 
@@ -153,11 +156,25 @@ def cut_and_compacted(app: App) -> None:
     app.unlink(b".S/msgs/2.blk")
 
 
+PLAIN = {"refuse": {}, "read": {"a": b"plain " * 1500, "b": message(1)}}
+
+
+def sealed_in_place(app: App) -> None:
+    """Files that were not sealed are sealed before they are changed."""
+    app.append(b"a", message(0))
+    app.sync(b"a")
+    app.rename(b"b", b"S/c")
+    app.truncate(b"S/c", 1000)
+    app.append(b"S/c", message(1))
+
+
 @pytest.mark.parametrize("plaintext", ["refuse", "read"])
-@pytest.mark.parametrize("way", [published, published_always, replaced, cut_and_compacted])
+@pytest.mark.parametrize("way", [published, published_always, replaced, cut_and_compacted, sealed_in_place])
 def test_nats_ways(way, plaintext, quick):
-    suite = Suite.AES if plaintext == "read" else Suite.CHACHAPOLY
-    recorded = powerstore.record(quick, Settings(file_keys(suite), plaintext == "read"), earlier_run, way)
+    if way is sealed_in_place and plaintext == "refuse":
+        return
+    settings = Settings(file_keys(Suite.AES if plaintext == "read" else Suite.CHACHAPOLY), plaintext == "read")
+    recorded = powerstore.record(quick, settings, earlier_run, way, PLAIN[plaintext])
     states, failure = powerstore.search(recorded, f"{way.__name__}/{SEED}", 15 * SCALE, quick)
     print(f"{states} states, {len(recorded.trace.ops) - recorded.trace.base} operations")
     assert failure is None
@@ -211,7 +228,7 @@ def wander(app: App, rng: random.Random, length: int) -> None:
 @pytest.mark.parametrize("plaintext", ["refuse", "read"])
 def test_random_operations_on_a_store(plaintext, quick):
     """With `read` two of the files are not sealed at the beginning, and are sealed in place when they are changed."""
-    plain = {"a": b"plain " * 1500, "b": message(1)} if plaintext == "read" else {}
+    plain = PLAIN[plaintext]
     states = 0
     for number in range(20 * SCALE):
         seed = f"{plaintext}/{SEED}/{number}"
@@ -231,3 +248,186 @@ def test_random_operations_on_a_store(plaintext, quick):
         assert failure is None, f"seed {seed}"
     print(f"{states} states")
     assert states > 300 * SCALE
+
+
+# --- the keyring ------------------------------------------------------------------------------------------------------
+
+
+def test_the_keyring_is_the_old_or_the_new_one(quick):
+    """init, then two changes; `load` may read the copy."""
+    store = quick / "store"
+    store.mkdir()
+    documents = [
+        keyring.create(b"%d" % i, cipher=Suite.AES, plaintext="refuse", kdf=keyring.Kdf(1, 1, 8)) for i in range(3)
+    ]
+    io = Recording(store, sync=False)
+    written = []
+    for document in documents:
+        before = len(io.ops)
+        keyring.write(str(store), document, backing=io)
+        written.append((before, len(io.ops)))
+    disk = Disk(io.trace)
+    states = set()
+    for cut in range(io.base, len(io.ops) + 1):
+        if cut > io.base:
+            disk.feed(io.ops[cut - 1])
+        done = sum(after <= cut for _, after in written)
+        begun = sum(before < cut for before, _ in written)
+        for i in range(40 * SCALE):
+            found = disk.crash(random.Random(f"{SEED}/{cut}/{i}"))
+            states.add((cut, *((path, found.files.get(number)) for path, number in found.paths())))
+            with tempfile.TemporaryDirectory(dir=quick) as path:
+                found.write_out(Path(path))
+                try:
+                    got, _ = keyring.load(path)
+                except NotAStoreError:
+                    got = None
+            allowed = [keyring.parse(document) for document in documents[max(done - 1, 0) : begun]]
+            assert got in allowed + ([None] if done == 0 else []), f"cut {cut}, draw {i}: {found.story}"
+    print(f"{len(states)} states")
+    assert len(states) > 100
+
+
+# --- these tests can fail: faults in the code under test that must be found --------------------------------------------
+
+
+class ForgetsToSync(FullDisk):
+    """Says that it synced."""
+
+    def _sync(self, fd, call, *, data):
+        pass
+
+
+class WritesHalves(FullDisk):
+    """Writes every page in two halves."""
+
+    def pwrite(self, fd, data, offset):
+        for at in range(0, len(data), PAGE // 2):
+            super().pwrite(fd, data[at : at + PAGE // 2], offset + at)
+        return len(data)
+
+
+class CutsFirst(SealedFile):
+    """Shrinks the file by one page too many and then writes that page again, as a longer file."""
+
+    __slots__ = ()
+
+    def truncate(self, size):
+        last = pages_for(size) - 1
+        if 0 <= last < self.pages - 1:
+            tail = bytes(self.read(plain_start(last), size - plain_start(last)))
+            self._io.ftruncate(self.fd, last * PAGE)
+            self.pages = last
+            self._seal(last, [tail + bytes(capacity(last) - len(tail))], len(tail))
+            self._put(last, 1)
+            self.pages, self.size = last + 1, size
+        else:
+            super().truncate(size)
+
+
+class LeavesTheCutToTheKernel(SealedFile):
+    """Shrinks without a sync of its own, also where the next write takes a new file id."""
+
+    __slots__ = ()
+
+    def truncate(self, size):
+        io = self._io
+        self._io = Unsynced(io)
+        try:
+            super().truncate(size)
+        finally:
+            self._io = io
+
+
+class Unsynced:
+    def __init__(self, io):
+        self._io = io
+
+    def __getattr__(self, name):
+        return (lambda fd: None) if name in {"fsync", "fdatasync"} else getattr(self._io, name)
+
+
+def trims_one_page_too_many(io, fd, keys):
+    sizes = crash.trim(io, fd, keys)
+    pages = os.fstat(fd).st_size // PAGE
+    if sizes is not None and pages > 1:
+        io.ftruncate(fd, (pages - 1) * PAGE)
+        crash.trim(io, fd, keys)
+    return sizes
+
+
+def trims_nothing(io, fd, keys):
+    return None
+
+
+FAULTS = {
+    "a sync that does nothing": Variant(backing=ForgetsToSync),
+    "a page written in two halves": Variant(backing=WritesHalves),
+    "a file cut too far and written again": Variant(sealed=CutsFirst),
+    "a new file id before the cut is synced": Variant(sealed=LeavesTheCutToTheKernel),
+    "a trim of one page too many": Variant(trim=trims_one_page_too_many),
+    "no trim": Variant(trim=trims_nothing),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_made_small(fault, quick):
+    variant = FAULTS[fault]
+    for number in range(200):
+        seed = f"{fault}/{SEED}/{number}"
+        rng = random.Random(seed)
+        plan = powercut.draw_plan(rng, rng.choice((4, 8, 14)))
+        failure, _ = failing(plan, Suite.AES, seed, 12, quick, variant)
+        if failure:
+            break
+    else:
+        pytest.fail("never found")
+    small, found = powercut.shortest(plan, lambda p: failing(p, Suite.AES, seed, 12, quick, variant)[0])
+    print(number, small, found)
+    assert len(small) <= 5
+
+
+class OwnSyncsOnly(powerstore.QuietRecording):
+    """Syncs what the application asks to sync, and nothing that the package syncs on its own account."""
+
+    asked = False
+
+    def _sync(self, fd, call, *, data):
+        if self.asked:
+            super()._sync(fd, call, data=data)
+
+
+class Asking(App):
+    def sync(self, path):
+        self._io.asked = True
+        super().sync(path)
+        self._io.asked = False
+
+    def sync_directory(self, path):
+        self._io.asked = True
+        super().sync_directory(path)
+        self._io.asked = False
+
+
+class ForgetsToSyncFirst(App):
+    """Renames what it did not sync, and takes it for safe."""
+
+    def sync(self, path):
+        if not path.endswith(b".tmp"):
+            super().sync(path)
+
+
+@pytest.mark.parametrize(
+    ("app", "io", "way", "plaintext"),
+    [
+        (ForgetsToSyncFirst, powerstore.QuietRecording, replaced, "refuse"),
+        (Asking, OwnSyncsOnly, published, "refuse"),
+        (Asking, OwnSyncsOnly, sealed_in_place, "read"),
+    ],
+)
+def test_a_missing_sync_is_found(app, io, way, plaintext, quick):
+    settings = Settings(file_keys(Suite.AES), plaintext == "read")
+    recorded = powerstore.record(quick, settings, earlier_run, way, PLAIN[plaintext], app=app, io=io)
+    _, failure = powerstore.search(recorded, f"{way.__name__}/{SEED}", 60, quick)
+    print(failure)
+    assert failure is not None

@@ -19,7 +19,7 @@ import nats_world as world
 import powerstore
 import pytest
 import recording
-from powercut import page_at, start_of
+from powercut import start_of
 from powerstore import Recorded, Settings, Step, World
 from recording import Resize, Sync, SyncBegin, Write
 from test_powercut import SCALE, SEED, quick
@@ -126,7 +126,7 @@ def publish(server: world.Server, sink: Path, first: int, count: int) -> list[Ac
     async def one_by_one(_, jetstream):
         acked = []
         for number in range(first, first + count):
-            payload = world.noise(str(number), 200 + number * 37 % 1500)
+            payload = world.noise(str(number), number * 7919 % 6000)
             ack = await jetstream.publish(f"orders.{number % 3}", payload)
             acked.append(Acked(ack.seq, payload, os.stat(sink).st_size))
         return acked
@@ -176,8 +176,6 @@ def recorded(tmp_path, monkeypatch):
 
 def test_acked_messages_are_on_the_disk(recorded, quick):
     run, before, after, purge = recorded
-    rng = random.Random(SEED)
-    cuts = set(rng.sample(range(run.trace.base, len(run.trace.ops) + 1), 250 * SCALE))
     blocks: list[bytes] = []
 
     def also(stack: powerstore.Opened) -> str:
@@ -191,15 +189,12 @@ def test_acked_messages_are_on_the_disk(recorded, quick):
 
     states = wanted = 0
     for cut, disk, promises in run.replay():
-        if cut not in cuts:
-            continue
-        for i in range(3):
+        for i in range(2 * SCALE):
             found = disk.crash(random.Random(f"{SEED}/{cut}/{i}"))
             finding = powerstore.judge(run, found, disk.inodes, promises, quick, also)
             assert not finding, f"cut after {cut} operations, seed {SEED}/{cut}/{i}: {finding}\n{found.story}"
             states += 1
             wanted += sum(done <= cut for _, done in after)
     print(f"{states} states of {len(run.trace.ops)} operations")
-    assert states == 750 * SCALE
-    assert wanted > 10_000
-    assert page_at(start_of(7)) == 7
+    assert states > 1000 * SCALE
+    assert wanted > 10_000 * SCALE

@@ -260,9 +260,7 @@ def two_versions(store: Store, size: int, suite: Suite) -> tuple[bytes, bytes]:
     changes=CHANGES,
 )
 @examples(300)
-def test_agrees_with_the_decoder(
-    scratch: Store, size: int, suite: Suite, changes: list[tuple[str, int, int]]
-) -> None:
+def test_agrees_with_the_decoder(scratch: Store, size: int, suite: Suite, changes: list[tuple[str, int, int]]) -> None:
     raw = apply(*two_versions(scratch, size, suite), changes)
     (scratch.top / "file").write_bytes(raw)
     assert scratch.damaged().get("file", []) == decoder.damaged_pages(raw, scratch.volume_keys())
