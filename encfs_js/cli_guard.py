@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def guard() -> None:
-    """See and open the guard, which keeps a stream with a damaged file from being deleted.
+    """See and open the guard over damaged streams.
 
     It closes by itself at the first page that does not authenticate: nothing below that stream's directory can be
     removed, renamed or cut until an operator has restored the file, or given it up, and opens the guard.
@@ -47,7 +47,10 @@ def _read(store: str) -> list[Closed]:
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(store: str, as_json: bool) -> None:
-    """List what is protected in STORE, and why. Exit code 26 when there is anything."""
+    """List what is protected in STORE, and why.
+
+    Exit code 26 when there is anything.
+    """
     closed = _read(store)
     if as_json:
         print(json.dumps({"closed": closed_as_json(closed)}, indent=1))
@@ -68,9 +71,9 @@ def status(store: str, as_json: bool) -> None:
 @click.argument("directory", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def clear(store: str, directory: str | None, as_json: bool) -> None:
-    """Open the guard over DIRECTORY (a path in STORE, as `status` prints it), or all guards.
+    """Open the guard over DIRECTORY, or all guards.
 
-    A running daemon notices. If a damaged page is met again, the guard closes again.
+    DIRECTORY is a path in STORE, as `guard status` prints it. A running daemon notices. If a damaged page is met again, the guard closes again.
     """
     closed = _read(store)
     name = None if directory is None else os.fsencode(directory)

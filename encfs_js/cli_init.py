@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 )
 @key_options
 def init(source: Source, store: str | None, cipher: Suite | None, plaintext: str | None) -> None:
-    """Make STORE, an empty directory, a store: a new volume key, wrapped by your key.
+    """Make STORE a store: a new volume key, wrapped by your key.
 
-    A missing directory is made, with mode 0700. A directory with files in it, such as the store of a plain
+    STORE is an empty directory, or is made, with mode 0700. A directory with files in it, such as the store of a plain
     nats-server, is taken with --plaintext read: they stay readable, and each is sealed before its first change. Stop
     nats-server first.
     """

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(store: str, as_json: bool) -> None:
-    """Say what STORE is, without a key: its keyring, and its files by cipher and epoch.
+    """Say what STORE is, without a key.
 
-    Nothing of this is authenticated: `verify` does that.
+    Its keyring, and its files by cipher and epoch. Nothing of this is authenticated: `verify` does that.
     """
     opened, warning = keyring.load(store)
     epochs = frozenset(epoch.epoch for epoch in opened.epochs)

@@ -49,9 +49,10 @@ def mount(
     writeback: bool | None,
     log_file: str | None,
 ) -> int:
-    """Show the plain content of STORE at MOUNTPOINT, an empty directory.
+    """Show the plain content of STORE at MOUNTPOINT.
 
-    Returns when the mount serves. STORE and MOUNTPOINT may stand in the file of --config instead.
+    MOUNTPOINT is an empty directory. Returns when the mount serves. STORE and MOUNTPOINT may stand in the file of
+    --config instead.
     """
     config = source.config
     store = source.store(store)

@@ -30,7 +30,7 @@ _PATIENCE_MS: Final = 2000
 @click.command()
 @click.argument("mountpoint")
 def umount(mountpoint: str) -> None:
-    """Unmount MOUNTPOINT; returns when everything is in STORE and the daemon has ended."""
+    """Unmount MOUNTPOINT, and wait until all is in STORE."""
     entry = find(mountpoint)
     if entry is None:
         raise NotMountedError(
@@ -130,7 +130,10 @@ def _target(link: str) -> str:
 @click.argument("mountpoint", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(mountpoint: str | None, as_json: bool) -> None:
-    """Say what is mounted, who serves it, and whether a guard is closed. Needs no key, and never waits for a mount."""
+    """Say what is mounted, who serves it, and what is guarded.
+
+    Without MOUNTPOINT: of all mounts. Needs no key, and never waits for a mount that hangs.
+    """
     if mountpoint is None:
         entries = [entry for entry in mounts() if entry.fs_type == FS_TYPE]
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from encfs_js.errors import DamageFoundError, StoreIoError
 from encfs_js.format import PAGE
 
 if TYPE_CHECKING:
+    from encfs_js.keyring import Keys
     from encfs_js.verify import Report
 
 
@@ -26,28 +28,20 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @key_options
 def verify(source: Source, store: str | None, as_json: bool) -> None:
-    """Authenticate every page of every file in STORE, and name what is damaged by file and page.
+    """Authenticate every page of every file in STORE.
 
-    Writes nothing. STORE may be mounted and in use meanwhile: what is written during the walk is seen as it was
-    before or after; what fails is looked at again before it is called damaged.
+    What is damaged is named by file and page. Writes nothing. STORE may be mounted and in use meanwhile: what is written
+    during the walk is seen as it was before or after; what fails is looked at again before it is called damaged.
     """
     store = source.store(store)
     opened, keys = source.unlock(store)
-    in_use = state.holder(store) is not None
-    last = state.load(store, keys)
-    windows = last.windows
-    if not last.clean and not in_use:
-        windows = (*windows, (last.began, time.time_ns()))
-    touched = state.State(clean=last.clean, began=last.began, windows=windows).touched
-    report = verification.verify(Backing(), store, keys, in_use=in_use, touched=touched)
+    report = verification.verify(Backing(), store, keys, touched=_windows(store, keys).touched)
     if as_json:
         print(json.dumps({"store": store, "store_id": opened.store_id.hex(), **_verified(report)}, indent=1))
     else:
         _print_verified(store, report)
-    pages, files = (
-        sum(damage.pages for damage in report.damage),
-        len({damage.path for damage in report.damage}),
-    )
+    pages = sum(damage.pages for damage in report.damage)
+    files = len({damage.path for damage in report.damage})
     if report.damage:
         raise DamageFoundError(
             f"{store}: {plural(pages, 'page')} of {plural(files, 'file')} damaged",
@@ -59,6 +53,14 @@ def verify(source: Source, store: str | None, as_json: bool) -> None:
             f"{store}: {plural(len(report.unreadable), 'path')} could not be read; the rest is sound",
             hint="Run the command as the user that owns the store; see whether the disk is failing.",
         )
+
+
+def _windows(store: str, keys: Keys) -> state.State:
+    """Return the state that tells which files a crash may have touched; a run that died is one more window."""
+    last = state.load(store, keys)
+    if last.clean or state.holder(store) is not None:
+        return last
+    return replace(last, windows=(*last.windows, (last.began, time.time_ns())))
 
 
 def _verified(report: Report) -> dict[str, Any]:

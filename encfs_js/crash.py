@@ -19,9 +19,12 @@ _RUN = 256
 def pages_to_keep(io: Backing, fd: int, cipher: FileCipher | None, whole: int, rest: int) -> int:
     """Return how many leading pages a crash left sound, of `whole` pages and `rest` bytes behind them."""
     run = memoryview(bytearray(_RUN * PAGE))
-    for start in range(0, whole, _RUN):
-        count = io.preadv(fd, [run], start * PAGE) // PAGE
-        for i in range(min(count, whole - start)):
+    start = 0
+    while start < whole:
+        count = min(io.preadv(fd, [run], start * PAGE) // PAGE, whole - start)
+        if not count:
+            break
+        for i in range(count):
             page = start + i
             raw = run[i * PAGE : (i + 1) * PAGE]
             length = page_length(raw, page)
@@ -30,20 +33,23 @@ def pages_to_keep(io: Backing, fd: int, cipher: FileCipher | None, whole: int, r
             is_last = page == whole - 1 and not rest
             if length < capacity(page) and not is_last and cipher and cipher.authentic(raw, page) is not None:
                 return page + 1
+        start += count
     return whole
 
 
-def trim(io: Backing, fd: int, keys: FileKeys) -> tuple[int, int] | None:
+def trim(io: Backing, fd: int, keys: FileKeys, *, plaintext: bool = False) -> tuple[int, int] | None:
     """Trim an open file to its longest good prefix and sync it. Returns plain sizes (before, after); None if sound.
 
-    A file that is not ours (it begins with neither the magic nor zeros) is left alone.
+    A file that is not ours is left alone: it begins with neither the magic nor zeros, or, where the store may hold
+    plaintext, not with the whole magic.
 
-    Crash points: the end mark is written before the file is cut behind it, so a second crash leaves a short page that
-    is not the last, or the finished file; both are trimmed to the same length again.
+    Crash points: after the cut the last page is full, after a part of the end mark it is cut, and where the end mark
+    reached the disk and the cut did not, it is short and not the last: all are trimmed to the same length again.
     """
     whole, rest = divmod(io.fstat(fd).st_size, PAGE)
     start = _page(io, fd, 0)
-    if not start or (start[: len(MAGIC)] != MAGIC[: len(start)] and start.strip(b"\0")):
+    ours = start[: len(MAGIC)] == (MAGIC if plaintext else MAGIC[: len(start)])
+    if not start or not (ours or (not plaintext and not start.strip(b"\0"))):
         return None
     cipher = keys.of(start)
     keep = pages_to_keep(io, fd, cipher, whole, rest)
@@ -55,9 +61,10 @@ def trim(io: Backing, fd: int, keys: FileKeys) -> tuple[int, int] | None:
             mark = cipher.seal(keep, b"", keys.random(NONCE))
     if keep == whole and not rest and not mark:
         return None
-    if mark:
-        io.pwrite(fd, mark, keep * PAGE)
-    io.ftruncate(fd, keep * PAGE + len(mark))
+    io.ftruncate(fd, keep * PAGE)
+    done = 0
+    while done < len(mark):
+        done += io.pwrite(fd, mark[done:], keep * PAGE + done)
     io.fsync(fd)
     before = plain_size(whole, length if keep == whole else capacity(whole - 1)) + rest
     return before, plain_size(keep, length)

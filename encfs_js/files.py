@@ -302,7 +302,7 @@ class Files:
         return IntegrityError(path, page)
 
     def _trim(self, node: Node) -> None:
-        sizes = crash.trim(self._io, node.fd, self._keys)
+        sizes = crash.trim(self._io, node.fd, self._keys, plaintext=self._plaintext)
         if sizes is not None:
             self.trimmed += 1
             log.warning(

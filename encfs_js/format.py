@@ -196,11 +196,13 @@ class FileCipher:
             # A memoryview takes no strided assignment of its own format; its bytearray does.
             raw = sealed.obj
             assert isinstance(raw, bytearray)
-            here = count - skip
+            here, own = count - skip, nonces[skip * NONCE :]
             for j in range(NONCE):
-                raw[skip * PAGE + j : end : PAGE] = nonces[j * here : (j + 1) * here]
+                raw[skip * PAGE + j : end : PAGE] = own[j * here : (j + 1) * here]
             raw[skip * PAGE + NONCE : end : PAGE] = b"\xe0" * here  # 4064 = 0x0fe0
             raw[skip * PAGE + NONCE + 1 : end : PAGE] = b"\x0f" * here
+            for j in range(NONCE + 2, PREFIX):  # the slots may have held damaged pages
+                raw[skip * PAGE + j : end : PAGE] = bytes(here)
         final = count - 1
         for i in range(skip, final):
             seal(nonce[i], plains[i], aad(packed, first + i, ROW, 0), body[i])
@@ -253,6 +255,8 @@ class FileCipher:
 
     def authentic(self, sealed: memoryview | bytes, page: int) -> int | None:
         """Return the length of one sealed page if it authenticates at that index, wherever it stands; else None."""
+        if len(sealed) < PAGE:
+            return None
         skip = 0 if page else HEADER
         length, zero = _LENGTH.unpack_from(sealed, skip + NONCE)
         if zero or length > capacity(page) or (not page and bytes(sealed[:HEADER]) != self.packed):

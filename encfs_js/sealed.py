@@ -171,7 +171,12 @@ class SealedFile:
         view, done = memoryview(data), 0
         while done < len(view):
             part = view[done : done + RUN_BYTES]
-            taken = self._write_run(offset + done, part)
+            try:
+                taken = self._write_run(offset + done, part)
+            except OSError:
+                if not done:
+                    raise
+                break
             done += taken
             if taken < len(part):
                 break
@@ -218,10 +223,13 @@ class SealedFile:
         before = self._cipher, self._fresh_id, self._seals
         self._seal(first, plains, size - plain_start(last) if last == pages - 1 else capacity(last))
         done, error = self._put(first, len(plains))
-        if error is None:
+        if error is not None:
+            done = self._whole_pages(first, done)
+        if done == len(plains) * PAGE:
             self.pages, self.size = pages, size
             return len(data)
-        if not self._whole_pages(first, done, error):
+        assert error is not None
+        if not done:
             self._cipher, self._fresh_id, self._seals = before
             raise error
         taken = self._end_after(first, plains[: done // PAGE], end) - offset
@@ -263,17 +271,34 @@ class SealedFile:
             return done, error
         return done, None
 
-    def _whole_pages(self, first: int, done: int, error: OSError) -> bool:
-        """After a write that failed: leave whole pages only. Returns whether any page of the run was written."""
+    def _whole_pages(self, first: int, done: int) -> int:
+        """After a write that failed: leave whole pages only. Returns how many bytes of the run stand."""
         whole, torn = divmod(done, PAGE)
-        if torn and first + whole >= self.pages:
-            self._io.ftruncate(self.fd, (first + whole) * PAGE)
-        elif torn:
-            # An existing page is half old, half new: it has its blocks, so the rest of it must go through.
-            rest = self._keys.buffer.sealed[done : (whole + 1) * PAGE]
-            if self._io.pwrite(self.fd, rest, first * PAGE + done) != len(rest):
-                raise error
-        return whole > 0
+        if not torn:
+            return done
+        if first + whole >= self.pages:
+            try:
+                self._io.ftruncate(self.fd, (first + whole) * PAGE)
+            except OSError:
+                self.load()
+                raise
+            return whole * PAGE
+        # An existing page is half old, half new: it has its blocks, so the rest of it must go through.
+        self._finish(self._keys.buffer.sealed[done : (whole + 1) * PAGE], first * PAGE + done)
+        return (whole + 1) * PAGE
+
+    def _finish(self, view: memoryview, at: int) -> None:
+        """Write pages that have their blocks. Once more after an error, because half of it is worth nothing."""
+        for attempt in (1, 2):
+            try:
+                while view:
+                    done = self._io.pwrite(self.fd, view, at)
+                    view, at = view[done:], at + done
+                return
+            except OSError:
+                if attempt == 2:
+                    self.load()
+                    raise
 
     def _end_after(self, first: int, plains: list[memoryview | bytes], end: int) -> int:
         """Make the file sound when only the pages `plains` of a run were written. Returns how far the data stand now.
@@ -285,12 +310,9 @@ class SealedFile:
         if tail < self.pages - 1:
             return min(end, plain_start(tail + 1))
         short = capacity(tail) - 1
-        self._seal(tail, [bytes(plains[-1][:short]) + b"\0"], short)
         self.pages, self.size = tail + 1, plain_start(tail) + short
-        _, error = self._put(tail, 1)
-        if error is not None:
-            self.load()
-            raise error
+        self._seal(tail, [bytes(plains[-1][:short]) + b"\0"], short)
+        self._finish(self._keys.buffer.sealed[:PAGE], tail * PAGE)
         return min(end, self.size)
 
     # -- truncating and syncing
@@ -300,8 +322,11 @@ class SealedFile:
 
         A file with a damaged page can be cut before it. Raises DamagedPageError, and OSError as `grow` does.
         """
-        if size >= self.size:
+        if size > self.size:
             self.grow(size)
+            return
+        if size == self.size:
+            self._io.ftruncate(self.fd, self.pages * PAGE)  # changes nothing but the times, as on a plain file
             return
         pages = pages_for(size)
         if not pages:
@@ -309,16 +334,18 @@ class SealedFile:
             self._fresh_id, self._seals = False, 0
             self.pages, self.size, self.damage, self._cipher = 0, 0, None, None
             return
+        if self.damage == 0:
+            raise DamagedPageError(0)
         last = pages - 1
         keep = size - plain_start(last)
         plain = bytes(self.read(plain_start(last), keep))
         if pages < self.pages:
             self._io.ftruncate(self.fd, pages * PAGE)
         self._seal(last, [plain + bytes(capacity(last) - keep)], keep)
-        _, error = self._put(last, 1)
-        if error is not None:
-            self.load()
-            raise error
+        self._finish(self._keys.buffer.sealed[:PAGE], last * PAGE)
+        if pages == 1 < self.pages:
+            # The next write may take a new id. Were the cut lost in a power cut, the old pages behind would not fit it.
+            self._io.fdatasync(self.fd)
         self.pages, self.size, self.damage = pages, size, None
 
     def sync(self, datasync: bool) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from encfs_js.backing import Backing
     from encfs_js.keyring import Keys
 
-# A page of a store in use that fails is looked at again until it stays the same for a pause: a writer is between two of
+# A page that fails is looked at again until it stays the same for a pause of so many seconds: a writer is between two of
 # its system calls for far less than that.
 _LOOKS: Final = 10
 _PAUSE: Final = 0.02
@@ -70,11 +70,17 @@ class Report:
     unreadable: list[tuple[bytes, str]] = field(default_factory=list)
 
 
-def verify(io: Backing, store: str, keys: Keys, *, in_use: bool, touched: Callable[[int], bool]) -> Report:
+def verify(
+    io: Backing,
+    store: str,
+    keys: Keys,
+    *,
+    touched: Callable[[int], bool],
+    sleep: Callable[[float], None] = time.sleep,
+) -> Report:
     """Authenticate a store.
 
-    in_use: somebody may be writing to it meanwhile. touched: ctime in ns -> does the crash rule apply to such a
-    file? Raises OSError when the store cannot be opened.
+    touched: ctime in ns -> does the crash rule apply to such a file? Raises OSError when the store cannot be opened.
     """
     report = Report()
     settings = keys.settings
@@ -93,7 +99,7 @@ def verify(io: Backing, store: str, keys: Keys, *, in_use: bool, touched: Callab
                 continue
             try:
                 status = io.fstat(fd)
-                file = _File(io, fd, file_keys, in_use=in_use)
+                file = _File(io, fd, file_keys, sleep)
                 crashed = touched(status.st_ctime_ns) and file.is_ours()
                 report.files += 1
                 if settings.plaintext == "read" and file.is_plaintext() and not crashed:
@@ -159,11 +165,11 @@ class _File:
     last_length: of the last page; 0 when that is damaged.
     """
 
-    def __init__(self, io: Backing, fd: int, keys: FileKeys, *, in_use: bool) -> None:
+    def __init__(self, io: Backing, fd: int, keys: FileKeys, sleep: Callable[[float], None]) -> None:
         self._io = io
         self._fd = fd
         self._keys = keys
-        self._looks = _LOOKS if in_use else 0
+        self._sleep = sleep
         self._pause = _PAUSE
         self.short: set[int] = set()
         self.last_length = 0
@@ -235,13 +241,13 @@ class _File:
     def _settles(self, page: int) -> bool:
         """Look at a page that failed until it is sound, or gone, or stays as it is."""
         seen = None
-        for _ in range(self._looks):
+        for _ in range(_LOOKS):
             now = self._glance(page)
             if now == seen:
                 self._pause = 0  # damage that stays is in this file: no need to wait at each of its pages
                 return False
             seen = now
-            time.sleep(self._pause)
+            self._sleep(self._pause)
             self._measure()
             try:
                 if page >= self.pages or self._open(page, 1):

@@ -28,8 +28,8 @@ subsets of them can be on the disk). Its rules, and why each is there:
     when the directory was synced, and not before. Operations on different directories may overtake each other (ALICE
     saw btrfs do it); a rename between two directories stands in the order of both.
  8. In half of the states the file system is one with a single journal instead (ext4, XFS): all changes of inodes and names
-    lie in one order, of which a beginning is on the disk, and any sync commits everything before it. That is rarely a
-    state that rules 3 to 7 exclude, but one that drawing each file's and directory's fate alone would rarely find.
+    lie in one order, of which a beginning is on the disk, and a sync that has any of them to bring there brings all
+    before it. Rules 3 to 7 allow these states as well, but drawing every fate alone would rarely find them.
 
 What is left out: a torn 4096-byte write and a disk that lies about its cache, because no format survives them without a
 second copy of every page; bits that rot, which the format finds and test_format shows; and writes that reach a page while
@@ -207,7 +207,9 @@ class File:
                     which = rng.randrange(len(versions))
                 words.append(f"page {page}: {which} of 0..{len(versions) - 1}")
             pages.append(versions[which])
-        story = f"inode {event} of {self.floor}..{self.now}, {size} bytes" + "".join(f", {word}" for word in words)
+        story = f"inode {event} of {self.floor}..{self.now}, {size} bytes" + "".join(
+            f", {word}" for word in words
+        )
         return b"".join(pages)[:size], story
 
 
@@ -310,15 +312,21 @@ class Disk:
 
     def _synced(self, op: Sync) -> None:
         waiting, covered = self._begun.pop(op.began)
-        self._committed = max(self._committed, op.began)
         before = self._pending[:waiting]
         if covered is not None:
-            self.files[op.file].sync_ends(covered, data=op.data)
+            file = self.files[op.file]
+            floor = file.floor
+            file.sync_ends(covered, data=op.data)
+            commits = file.floor > floor
             if not op.data:
                 self._made_durable(op.file, before)
         else:
+            own = {at for at, other in before if op.file in touched(other)}
+            commits = bool(own)
+            self._durable |= own
             self._made_durable(op.file, before)
-            self._durable.update(at for at, other in before if op.file in touched(other))
+        if commits:
+            self._committed = max(self._committed, op.began)
         self._fold()
 
     def _made_durable(self, number: int, before: list[tuple[int, Enter | Leave | Move]]) -> None:
@@ -345,14 +353,21 @@ class Disk:
         self._pending = left
         self._durable.clear()
 
-    def crash(self, rng: Random, only: Iterable[int] | None = None) -> State:
-        """Draw one state of the disk if the power is cut now. only: the files that matter (default: all with a name)."""
+    def crash(self, rng: Random, only: Iterable[int] | None = None, *, single: bool | None = None) -> State:
+        """Draw one state of the disk if the power is cut now.
+
+        only: the files that matter (default: all with a name). single: whether there is a single journal (default: drawn).
+        """
         lottery = rng.choice(LOTTERY)
-        journal = rng.randrange(self._committed, self.at + 1) if rng.random() < 0.5 else None
+        if single is None:
+            single = rng.random() < 0.5
+        journal = rng.randrange(self._committed, self.at + 1) if single else None
         names = {directory: dict(entries) for directory, entries in self._names.items()}
         state = State(names, self.modes, self.targets)
         self._draw_names(state, rng, journal)
-        reachable = sorted({number for _, number in state.paths() if number in self.files}) if only is None else only
+        reachable = (
+            sorted({number for _, number in state.paths() if number in self.files}) if only is None else only
+        )
         for number in reachable:
             file = self.files[number]
             if journal is not None:
@@ -371,7 +386,9 @@ class Disk:
             places = touched(op)
             for place in places:
                 if place not in ends:
-                    ends[place] = rng.choice((0, self.at, rng.randint(0, self.at))) if journal is None else journal
+                    ends[place] = (
+                        rng.choice((0, self.at, rng.randint(0, self.at))) if journal is None else journal
+                    )
             if stopped & places or any(at > ends[place] for place in places):
                 stopped |= places
                 state.story.append(f"not on the disk: {op}")

@@ -33,7 +33,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 CLOCK_REALTIME_COARSE = 5  # the clock that file systems stamp with
 HUNG_SECONDS = 100  # a call that takes longer is a hang, not a slow answer
@@ -535,10 +535,18 @@ class Pair:
 
     left is the reference. A call returns the reference's value; `by` says who makes it, `want` what the
     reference has to answer (an errno name, or "ok"). Differences gather in `differences`, the calls of the
-    case in `history`.
+    case in `history`. `rescue` is called when a call hangs, and has to free it.
     """
 
-    def __init__(self, left: str, right: str, *, names: tuple[str, str] = ("ext4", "mount")) -> None:
+    def __init__(
+        self,
+        left: str,
+        right: str,
+        *,
+        names: tuple[str, str] = ("ext4", "mount"),
+        rescue: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.rescue = rescue
         self.sides = (Side(left), Side(right))
         self.names = names
         self.current = ""
@@ -632,7 +640,11 @@ class Pair:
         workers = [self._worker(side, who) for side in self.sides]
         for worker in workers:
             worker.send(name, args, kwargs)
-        left, right = (worker.receive() for worker in workers)
+        try:
+            left, right = (worker.receive() for worker in workers)
+        except TimeoutError:
+            self.rescue()
+            raise
         return left, right
 
     def _alike(self, left: Answer, right: Answer) -> bool:

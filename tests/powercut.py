@@ -1,19 +1,18 @@
-"""The judge of what a power cut left: what a program that used the plain file may expect, and whether it got that.
-
-`Promise` is told what happened to a plain file and then judges a content: is everything there that was synced, and is
-every page as it was at some time since. It knows pages by FORMAT.md's numbers only and nothing of sealing.
-"""
+"""Power cuts under one sealed file: plans of plain operations, carried out, recorded, cut at every point, and judged."""
 
 from __future__ import annotations
 
 import errno
 import os
 import random
-from collections import defaultdict
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import decoder
+import pytest
 from disk import Disk
+from promise import Promise
 from recording import Recording
 
 from encfs_js import crash
@@ -22,100 +21,24 @@ from encfs_js.format import DamagedPageError, Suite
 from encfs_js.sealed import FileKeys, SealedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from recording import Trace
 
+SCALE = int(os.environ.get("POWERCUT_SCALE", "1"))
+SEED = int(os.environ.get("POWERCUT_SEED", "0"))
 VOLUME_KEYS = {1: bytes(range(32))}
 EDGES = (0, 1, 100, 4031, 4032, 4033, 8095, 8096, 8097, 12160, 12161, 16224, 20288, 30000)
 
 
-def start_of(page: int) -> int:
-    return 4032 + (page - 1) * 4064 if page else 0
-
-
-def page_at(offset: int) -> int:
-    return 0 if offset < 4032 else 1 + (offset - 4032) // 4064
-
-
-class Promise:
-    """What a plain file may be after a power cut now, from what was done to it so far.
-
-    A page of it (in the sense of FORMAT.md: what one page write carries) is as the last sync left it or as any operation
-    since did; what was synced and not cut since is there; nothing is longer than it ever was since the sync.
-    """
-
-    def __init__(self) -> None:
-        self.plain = bytearray()
-        self._synced = b""
-        self._since: list[tuple[int, bytes]] = []  # page, and what it held after an operation
-        self._sizes: list[int] = []
-        self._dropped = 0
-        self._begun: dict[int, tuple[int, int, bytes]] = {}
-
-    def starts_as(self, content: bytes) -> None:
-        """The file lies on the disk like this."""
-        self.plain[:] = self._synced = content
-
-    def write(self, offset: int, data: bytes) -> None:
-        if offset > len(self.plain):
-            self.truncate(offset)
-        self.plain[offset : offset + len(data)] = data
-        self._changed(offset, offset + len(data))
-
-    def truncate(self, size: int) -> None:
-        old = len(self.plain)
-        if size < old:
-            del self.plain[size:]
-            self._changed(max(size - 1, 0), size)
-        else:
-            self.plain += bytes(size - old)
-            self._changed(old, size)
-
-    def _changed(self, start: int, end: int) -> None:
-        self._sizes.append(len(self.plain))
-        if end > start:
-            for page in range(page_at(start), page_at(end - 1) + 1):
-                self._since.append((page, self._piece(self.plain, page)))
-
-    def becomes(self, content: bytes) -> None:
-        """After an operation that failed half way: this is what the file holds now."""
-        self.plain[:] = content
-        self._changed(0, len(content))
-
-    def sync_begins(self, token: int) -> None:
-        self._begun[token] = (len(self._since) + self._dropped, len(self._sizes), bytes(self.plain))
-
-    def sync_ends(self, token: int) -> None:
-        since, sizes, self._synced = self._begun.pop(token)
-        del self._since[: since - self._dropped]
-        self._dropped = since
-        self._sizes = [len(self._synced), *self._sizes[sizes:]] if not self._begun else [len(self._synced), *self._sizes]
-
-    @staticmethod
-    def _piece(content: bytes | bytearray, page: int) -> bytes:
-        return bytes(content[start_of(page) : start_of(page + 1)])
-
-    def wrong(self, content: bytes) -> str:
-        """What is wrong with the content, or an empty string."""
-        low = min([len(self._synced), *self._sizes])
-        high = max([len(self._synced), *self._sizes])
-        if len(content) < low:
-            return f"{len(content)} bytes where {low} were synced and never cut"
-        if len(content) > high:
-            return f"{len(content)} bytes where there were never more than {high}"
-        known: defaultdict[int, set[bytes]] = defaultdict(set)
-        for page, piece in self._since:
-            known[page].add(piece)
-        for page in range(page_at(len(content) - 1) + 1 if content else 0):
-            piece = self._piece(content, page)
-            if piece != self._piece(self._synced, page) and piece not in known[page]:
-                return f"page {page} ({len(piece)} plain bytes) is as it never was since the last sync"
-        return ""
-
-
-# --- one sealed file --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def quick(tmp_path):
+    """A directory in memory if there is one: thousands of stores are made there, and nothing in it has to last."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="powercut-") as path:
+        yield Path(path)
 
 
 class Step(NamedTuple):
@@ -171,10 +94,18 @@ def draw_plan(rng: random.Random, length: int) -> Plan:
     def edge() -> int:
         return max(0, rng.choice(EDGES) + rng.choice((0, 0, 0, -1, 1, -30, 1057)))
 
-    words = ["append"] * rng.choice((1, 4, 8)) + ["write"] * rng.choice((0, 2)) + ["truncate"] * rng.choice((0, 1, 3))
-    words += ["empty"] * rng.choice((0, 0, 1)) + ["reopen"] * rng.choice((0, 1)) + ["full"] * rng.choice((0, 0, 1))
+    words = (
+        ["append"] * rng.choice((1, 4, 8))
+        + ["write"] * rng.choice((0, 2))
+        + ["truncate"] * rng.choice((0, 1, 3))
+    )
+    words += (
+        ["empty"] * rng.choice((0, 0, 1)) + ["reopen"] * rng.choice((0, 1)) + ["full"] * rng.choice((0, 0, 1))
+    )
     words += ["sync"] * rng.choice((1, 1, 3)) + ["datasync"] * rng.choice((0, 1))
-    plan: Plan = [("write", 0, rng.choice(EDGES) or 5000, 0), ("sync",), ("reopen",)] if rng.random() < 0.7 else []
+    plan: Plan = (
+        [("write", 0, rng.choice(EDGES) or 5000, 0), ("sync",), ("reopen",)] if rng.random() < 0.7 else []
+    )
     for i in range(1, length + 1):
         size = rng.choice((1, 30, 300, 1057, 1057, 4064, 5000, 9000))
         match rng.choice(words):
@@ -208,7 +139,7 @@ def carry_out(plan: Plan, suite: Suite, where: Path, variant: Variant = REAL) ->
             data = b""
             if word in {"append", "write"}:
                 data = random.Random(numbers[-1]).randbytes(numbers[-2])
-                numbers = [file.size if word == "append" else numbers[0]]
+                numbers[:] = [file.size if word == "append" else numbers[0]]
             try:
                 if data:
                     done = file.write(numbers[0], data)
@@ -350,8 +281,14 @@ def search(recorded: Recorded, judge: Judge, seed: str, draws: int, where: Path)
             trimmed = judge.trimmed
             if finding := judge.wrong(sealed, promise):
                 return Failure(cut, name, state.story, finding)
-            if judge.trimmed > trimmed and judge.trimmed % 8 == 0 and (found := _again(sealed, judge, promise, name, where)):
-                return found._replace(cut=cut, story=[*state.story, "then, while it was trimmed:", *found.story])
+            if (
+                judge.trimmed > trimmed
+                and judge.trimmed % 8 == 0
+                and (found := _again(sealed, judge, promise, name, where))
+            ):
+                return found._replace(
+                    cut=cut, story=[*state.story, "then, while it was trimmed:", *found.story]
+                )
     return None
 
 
@@ -372,6 +309,14 @@ def _again(sealed: bytes, judge: Judge, promise: Promise, name: str, where: Path
             if finding := judge.wrong(state.files[number], promise):
                 return Failure(cut, f"{name}/{cut}/{i}", state.story, finding)
     return None
+
+
+def failing(
+    plan: Plan, suite: Suite, seed: str, draws: int, where: Path, variant: Variant = REAL
+) -> tuple[Failure | None, Judge]:
+    """The first failure of a plan, and who judged its states."""
+    judge = Judge(suite, variant)
+    return search(carry_out(plan, suite, where, variant), judge, seed, draws, where), judge
 
 
 def shortest(plan: Plan, fails: Callable[[Plan], Failure | None], tries: int = 300) -> tuple[Plan, Failure]:

@@ -11,21 +11,19 @@ import os
 import random
 import shutil
 import stat
-from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from disk import Disk
-from powercut import VOLUME_KEYS, Failure, Promise
-from recording import Enter, Leave, Move, Recording, Resize, Touch, Write
+from othertimes import BEGAN, DAY_NS, AfterCut, QuietRecording
+from powercut import VOLUME_KEYS, Failure
+from promise import Promise
 
 from encfs_js import redo
-from encfs_js.backing import Backing
 from encfs_js.errors import IntegrityError
 from encfs_js.files import Files
-from encfs_js.format import Suite
 from encfs_js.guard import Guard
 from encfs_js.reserve import Reserve
 from encfs_js.sealed import FileKeys
@@ -37,16 +35,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from disk import State as Found
-    from recording import Trace
+    from recording import Recording, Trace
 
+    from encfs_js.backing import Backing
+    from encfs_js.format import Suite
     from encfs_js.tree import Node
 
-DAY_NS = 86_400 * 10**9
-BEGAN = 20 * DAY_NS  # when the run that is cut began; files that it has not touched are days older
 CUT = State(clean=False, began=BEGAN + DAY_NS, windows=((BEGAN, BEGAN + DAY_NS),))
 REDO_KEY = bytes(32)
 META = b".encfs_js"
-STAT_FIELDS = [name for name in dir(os.stat_result) if name.startswith("st_")]
 
 
 class Opened(NamedTuple):
@@ -96,12 +93,13 @@ def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator
     """Open a store as mount.py does when its state is `run`, and sweep it at once if the last stop was unclean."""
     tree = Tree(io, str(store), Guard(str(store)), give_to_caller=False)
     log = redo.recover(io, tree.root_fd, tree.meta_fd, REDO_KEY)
+    reserve = Reserve(io, tree.meta_fd)
     files = Files(
         tree,
         settings.keys,
         run,
         REDO_KEY,
-        Reserve(io, tree.meta_fd),
+        reserve,
         lambda: dt.datetime.now(dt.UTC),
         plaintext=settings.plaintext,
         writeback=True,
@@ -113,6 +111,7 @@ def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator
         yield Opened(tree, files, log)
     finally:
         files.close_all()
+        reserve.close()
         for fd in (tree.root_fd, tree.meta_fd):
             io.close(fd)
 
@@ -122,8 +121,8 @@ class Step(NamedTuple):
 
     before: int
     after: int
-    begins: Callable[[World], None]
-    ends: Callable[[World], None] = lambda world: None
+    begins: Callable[[World], None] | None
+    ends: Callable[[World], None] | None = None
 
 
 class World:
@@ -169,14 +168,20 @@ class Recorded(NamedTuple):
                 disk.feed(self.trace.ops[cut - 1])
             while ended < len(self.steps) and self.steps[ended].after <= cut:
                 if begun == ended:
-                    self.steps[begun].begins(world)
+                    _begin(self.steps[begun], world)
                     begun += 1
-                self.steps[ended].ends(world)
+                if (ends := self.steps[ended].ends) is not None:
+                    ends(world)
                 ended += 1
             if begun == ended < len(self.steps) and self.steps[begun].before < cut:
-                self.steps[begun].begins(world)
+                _begin(self.steps[begun], world)
                 begun += 1
             yield cut, disk, world
+
+
+def _begin(step: Step, world: World) -> None:
+    if step.begins is not None:
+        step.begins(world)
 
 
 class App:
@@ -195,8 +200,10 @@ class App:
         directory, name = os.path.split(path)
         return self._opened.node(directory), name
 
-    def _did(self, before: int, begins: Callable[[World], None], ends: Callable[[World], None] | None = None) -> None:
-        self.steps.append(Step(before, len(self._io.ops), begins, ends or (lambda world: None)))
+    def _did(
+        self, before: int, begins: Callable[[World], None] | None, ends: Callable[[World], None] | None = None
+    ) -> None:
+        self.steps.append(Step(before, len(self._io.ops), begins, ends))
 
     @property
     def _now(self) -> int:
@@ -257,7 +264,7 @@ class App:
                 if os.path.dirname(put) == path:
                     world.settled[put] = len(contents) - 1
 
-        self._did(before, lambda world: None, ends)
+        self._did(before, None, ends)
 
     def mkdir(self, path: bytes) -> None:
         self._opened.tree.mkdir(*self._split(path), 0o700, 0, 0)
@@ -315,7 +322,9 @@ def record(
         before(App(store, earlier, first))
         contents = {path: first.read(path) for path in first.all_files()}
     backing = (io or QuietRecording)(store)
-    start = {backing.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()}
+    start = {
+        backing.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()
+    }
     with opened(store, settings, backing, State(clean=False, began=BEGAN, windows=())) as second:
         application = app(store, backing, second)
         then(application)
@@ -324,86 +333,13 @@ def record(
     return Recorded(trace, application.steps, start, settings)
 
 
-class Shown(Backing):
-    """A backing on which some files have another inode number or ctime than the file system says."""
-
-    def shown(self, found: os.stat_result) -> dict[str, int]:
-        raise NotImplementedError
-
-    def _other(self, found: os.stat_result) -> os.stat_result:
-        if not (fields := self.shown(found)):
-            return found
-        others = {name: getattr(found, name) for name in STAT_FIELDS}
-        numbers = list(found)
-        numbers[1] = fields.get("st_ino", found.st_ino)
-        return os.stat_result(numbers, {**others, **fields})
-
-    def fstat(self, fd):
-        return self._other(os.fstat(fd))
-
-    def stat(self, path, *, dir_fd=None, follow_symlinks=True):
-        return self._other(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks))
-
-
-class QuietRecording(Recording, Shown):
-    """A recording without real syncs, and without the reserve, whose content means nothing.
-
-    A file that was there before has a ctime of days ago until something changes it.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.changed: set[int] = set()
-        super().__init__(root, sync=False)
-        self.changed.clear()
-
-    def _note(self, op):
-        if isinstance(op, Enter | Leave | Move | Write | Resize | Touch):
-            self.changed.add(op.file)
-        return super()._note(op)
-
-    def shown(self, found):
-        number = self.numbers.get((found.st_dev, found.st_ino))
-        return {"st_ctime_ns": DAY_NS} if number is not None and number not in self.changed else {}
-
-    def fallocate(self, fd, mode, offset, length):
-        pass
-
-
-class AfterCut(Shown):
-    """The backing of a store that is opened after a power cut: its files have the ctimes that the disk would show, and
-    the inode numbers that they had when they were recorded.
-    """
-
-    def __init__(self, recorded: Recorded, found: Found, numbers: dict[int, int], inodes: dict[int, int]) -> None:
-        base = recorded.trace.base
-        often = Counter(inodes[number] for number in numbers.values())
-        self._shown: dict[int, dict[str, int]] = {}
-        for ino, number in numbers.items():
-            fields = self._shown[ino] = {}
-            if often[inodes[number]] == 1:  # the number may have been given again when nothing had been synced
-                fields["st_ino"] = inodes[number]
-            if (at := found.changed.get(number)) is not None:
-                fields["st_ctime_ns"] = BEGAN + (at if at >= base else -5 * DAY_NS)
-
-    def shown(self, found):
-        return self._shown.get(found.st_ino, {})
-
-    def fsync(self, fd):
-        pass
-
-    fdatasync = fsync
-
-    def fallocate(self, fd, mode, offset, length):
-        pass
-
-
 def judge(
     recorded: Recorded,
     found: Found,
     inodes: dict[int, int],
     world: World,
     where: Path,
-    also: Callable[[Opened], str] = lambda stack: "",
+    also: Callable[[Opened], str] | None = None,
 ) -> str:
     """Open the store as it was found and say what is wrong with it, or an empty string."""
     store = where / "found"
@@ -411,10 +347,16 @@ def judge(
     try:
         numbers = found.write_out(store)
         names = {path: number for path, number in found.paths() if number in found.files}
-        with opened(store, recorded.settings, AfterCut(recorded, found, numbers, inodes), CUT) as stack:
+        with opened(
+            store, recorded.settings, AfterCut(recorded.trace.base, found, numbers, inodes), CUT
+        ) as stack:
             if any(b"orphan" in name for name in os.listdir(os.fsencode(store / ".encfs_js"))):
                 return "a redo file lost its target"
-            return _wrong_files(stack, names, world) or _wrong_names(stack, names, world) or also(stack)
+            return (
+                _wrong_files(stack, names, world)
+                or _wrong_names(stack, names, world)
+                or (also(stack) if also else "")
+            )
     finally:
         shutil.rmtree(store)
 

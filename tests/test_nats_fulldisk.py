@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from typing import TYPE_CHECKING, NamedTuple
@@ -56,6 +57,17 @@ def small_disk(work: Path, kind: str, mib: int, filler: int = FILLER) -> Iterato
                 mounts.detach(disk)
         if image.exists():  # the loop device goes with the last user of the file system
             mounts.until(lambda: not system("losetup", "-j", image), "end of the loop device")
+
+
+def fill_up(top: Path) -> None:
+    """Take the last free block of a disk: one large file, then small ones, which find the gaps."""
+    for number in range(1000):
+        with contextlib.suppress(OSError), open(top / f"fill-up-{number}", "wb", buffering=0) as file:
+            while file.write(bytes(100 if number else 65536)) and not number:
+                pass
+        if os.statvfs(top).f_bavail == 0:
+            return
+    raise AssertionError("the disk does not get full")
 
 
 @contextlib.contextmanager
@@ -187,3 +199,31 @@ def test_no_other_file_takes_the_room_of_an_accepted_write(tmp_path: Path, disk:
                     f"{name}: not the {size} bytes that were accepted"
                 )
         mounts.verify(store)
+
+
+def test_guard_closes_on_a_full_disk(tmp_path: Path) -> None:
+    """There is no room for a note either, but a damaged stream is protected all the same, now and after a remount."""
+    mountpoint, stream = tmp_path / "mnt", "jetstream/$G/streams/RED"
+    with small_disk(tmp_path, "ext4", 32, filler=MIB) as top:
+        store = top / "store"
+        store.mkdir()
+        mounts.init(store)
+        with place("mount", store, mountpoint) as (root, _):
+            (root / stream / "msgs").mkdir(parents=True)
+            (root / stream / "msgs" / "1.blk").write_bytes(world.noise("block", 50_000))
+        mounts.flip(store / stream / "msgs" / "1.blk", 3 * 4096 + 2000)
+        with place("mount", store, mountpoint) as (root, mount):
+            assert mount is not None
+            fill_up(top)
+            mount.expect(r"ERROR: .*1\.blk page 3 .*RED")
+            with pytest.raises(OSError) as damage:
+                (root / stream / "msgs" / "1.blk").read_bytes()
+            assert damage.value.errno == errno.EIO
+            with pytest.raises(OSError) as refusal:
+                (root / stream / "msgs" / "1.blk").unlink()
+            assert refusal.value.errno == errno.EROFS
+        mounts.run("guard", "status", store, code=26)
+        (top / "filler").unlink()
+        with place("mount", store, mountpoint) as (root, _), pytest.raises(OSError) as refusal:
+            (root / stream / "msgs" / "1.blk").unlink()
+        assert refusal.value.errno == errno.EROFS

@@ -75,14 +75,13 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, moun
 @pytest.fixture(scope="module")
 def pair(sides: tuple[Path, mounts.Mount]) -> Iterator[Pair]:
     plain, mount = sides
-    pair = Pair(str(plain), str(mount.path))
-    try:
-        yield pair
-    except BaseException:  # a hanging mount must not take the workers with it
-        mounts.abort(mounts.entry_above(mount.path))
-        raise
-    finally:
-        pair.finish()
+    pair = pair_of(plain, mount.path)
+    yield pair
+    pair.finish()
+
+
+def pair_of(plain: Path, path: Path) -> Pair:
+    return Pair(str(plain), str(path), rescue=lambda: mounts.abort(mounts.entry_at(path)))
 
 
 @pytest.fixture
@@ -1504,7 +1503,7 @@ def test_random_calls_without_writeback(tmp_path: Path) -> None:
     mounts.init(store)
     with mounts.mounted(store, path, "--no-writeback"):
         os.chmod(path, 0o755)
-        pair = Pair(str(plain), str(path))
+        pair = pair_of(plain, path)
         try:
             for seed, count, times in ((31, 150, True), (32, 400, False)):
                 calls = posix_ops.random_calls(seed, count)
@@ -1732,7 +1731,7 @@ def test_what_was_made_is_there_after_a_remount(tmp_path: Path) -> None:
     half = len(calls) // 2
     with mounts.mounted(store, path):
         os.chmod(path, 0o755)
-        pair = Pair(str(plain), str(path))
+        pair = pair_of(plain, path)
         try:
             stop = posix_ops.differs(pair, calls[:half], "before")
             assert stop is None, pair.differences
@@ -1740,7 +1739,7 @@ def test_what_was_made_is_there_after_a_remount(tmp_path: Path) -> None:
             pair.finish()
     assert mounts.verify(store)
     with mounts.mounted(store, path):
-        later = Pair(str(plain), str(path))
+        later = pair_of(plain, path)
         try:
             later.current = pair.current
             later.compare()

@@ -16,36 +16,18 @@ import powercut
 import powerstore
 import pytest
 from disk import Disk
-from powercut import FullDisk, Judge, Variant
+from powercut import SCALE, SEED, failing, quick
 from powerstore import App, Settings, file_keys
 from recording import Recording
 
-from encfs_js import crash, keyring
+from encfs_js import keyring
 from encfs_js.errors import NotAStoreError
-from encfs_js.format import PAGE, Suite, capacity, pages_for, plain_start
-from encfs_js.sealed import SealedFile
+from encfs_js.format import Suite
 
-SCALE = int(os.environ.get("POWERCUT_SCALE", "1"))
-SEED = int(os.environ.get("POWERCUT_SEED", "0"))
-
-
-@pytest.fixture
-def quick(tmp_path):
-    """A directory in memory if there is one: thousands of stores are made there, and nothing in it has to last."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="powercut-") as path:
-        yield Path(path)
+__all__ = ["quick"]
 
 
 # --- one sealed file, random operations -------------------------------------------------------------------------------
-
-
-def failing(plan, suite, seed, draws, where, variant=powercut.REAL):
-    """The first failure of a plan, and how many states were judged."""
-    judge = Judge(suite, variant)
-    return powercut.search(powercut.carry_out(plan, suite, where, variant), judge, seed, draws, where), judge
 
 
 @pytest.mark.parametrize("suite", Suite)
@@ -57,8 +39,10 @@ def test_random_operations_on_a_sealed_file(suite, quick):
         plan = powercut.draw_plan(rng, rng.choice((4, 8, 14)))
         failure, judge = failing(plan, suite, seed, 6, quick)
         if failure:
-            plan, failure = powercut.shortest(plan, lambda p: failing(p, suite, "again", 20, quick)[0]) or (plan, failure)
-            pytest.fail(f"seed {seed}: {failure}\nshortest plan that fails: {plan}")
+            small, smallest = powercut.shortest(
+                plan, lambda p, seed=seed: failing(p, suite, seed, 18, quick)[0]
+            )
+            pytest.fail(f"seed {seed}: {failure}\nof {plan}\nshortest plan that fails: {small}\n{smallest}")
         states += judge.states
         trimmed += judge.trimmed
     print(f"{states} states, {trimmed} of them trimmed")
@@ -173,7 +157,9 @@ def sealed_in_place(app: App) -> None:
 def test_nats_ways(way, plaintext, quick):
     if way is sealed_in_place and plaintext == "refuse":
         return
-    settings = Settings(file_keys(Suite.AES if plaintext == "read" else Suite.CHACHAPOLY), plaintext == "read")
+    settings = Settings(
+        file_keys(Suite.AES if plaintext == "read" else Suite.CHACHAPOLY), plaintext == "read"
+    )
     recorded = powerstore.record(quick, settings, earlier_run, way, PLAIN[plaintext])
     states, failure = powerstore.search(recorded, f"{way.__name__}/{SEED}", 15 * SCALE, quick)
     print(f"{states} states, {len(recorded.trace.ops) - recorded.trace.base} operations")
@@ -190,7 +176,9 @@ def wander(app: App, rng: random.Random, length: int) -> None:
         there = path in files
         size = rng.choice((30, 1057, 4500, 9000))
         data = random.Random(i).randbytes(size)
-        match rng.choice(("make", "write", "write", "append", "truncate", "sync", "sync", "move", "move", "unlink", "dir")):
+        match rng.choice(
+            ("make", "write", "write", "append", "truncate", "sync", "sync", "move", "move", "unlink", "dir")
+        ):
             case "make" if not there:
                 with contextlib.suppress(FileNotFoundError):
                     app.create(path)
@@ -215,39 +203,51 @@ def wander(app: App, rng: random.Random, length: int) -> None:
                 app.unlink(path)
             case "dir":
                 with contextlib.suppress(OSError):
-                    rng.choice((
-                        lambda: app.mkdir(b"d"),
-                        lambda: app.mkdir(b"e"),
-                        lambda: app.mkdir(b"d/s"),
-                        lambda: app.rename(b"e", b"d/s"),
-                        lambda: app.rename(b"d", b"e"),
-                        lambda: app.rmdir(b"e"),
-                    ))()
+                    rng.choice(
+                        (
+                            lambda: app.mkdir(b"d"),
+                            lambda: app.mkdir(b"e"),
+                            lambda: app.mkdir(b"d/s"),
+                            lambda: app.rename(b"e", b"d/s"),
+                            lambda: app.rename(b"d", b"e"),
+                            lambda: app.rmdir(b"e"),
+                        )
+                    )()
+
+
+def wandering(
+    seed: str, plain: dict[str, bytes], length: int, where: Path
+) -> tuple[int, powercut.Failure | None]:
+    """Random operations on a store, whose power is cut. How many states were judged, and the first failure."""
+    rng = random.Random(seed)
+    settings = Settings(file_keys(rng.choice(list(Suite))), bool(plain))
+    operations = rng.random()
+
+    def before(app: App) -> None:
+        app.mkdir(b"d")
+        if not plain:
+            wander(app, random.Random(operations + 1), 14)
+
+    recorded = powerstore.record(
+        where, settings, before, lambda app: wander(app, random.Random(operations), length), plain
+    )
+    return powerstore.search(recorded, seed, 3, where)
 
 
 @pytest.mark.parametrize("plaintext", ["refuse", "read"])
 def test_random_operations_on_a_store(plaintext, quick):
     """With `read` two of the files are not sealed at the beginning, and are sealed in place when they are changed."""
-    plain = PLAIN[plaintext]
     states = 0
-    for number in range(20 * SCALE):
+    for number in range(60 * SCALE):
         seed = f"{plaintext}/{SEED}/{number}"
-        rng = random.Random(seed)
-        suite = rng.choice(list(Suite))
-
-        def before(app: App, rng: random.Random = rng) -> None:
-            app.mkdir(b"d")
-            if not plain:
-                wander(app, rng, 14)
-
-        recorded = powerstore.record(
-            quick, Settings(file_keys(suite), plaintext == "read"), before, lambda app, rng=rng: wander(app, rng, 25), plain
-        )
-        found, failure = powerstore.search(recorded, seed, 3, quick)
+        found, failure = wandering(seed, PLAIN[plaintext], 25, quick)
         states += found
+        for length in range(25 if failure else 0):
+            if shorter := wandering(seed, PLAIN[plaintext], length, quick)[1]:
+                pytest.fail(f"seed {seed}: {failure}\nwith {length} operations: {shorter}")
         assert failure is None, f"seed {seed}"
     print(f"{states} states")
-    assert states > 300 * SCALE
+    assert states > 600 * SCALE
 
 
 # --- the keyring ------------------------------------------------------------------------------------------------------
@@ -258,7 +258,8 @@ def test_the_keyring_is_the_old_or_the_new_one(quick):
     store = quick / "store"
     store.mkdir()
     documents = [
-        keyring.create(b"%d" % i, cipher=Suite.AES, plaintext="refuse", kdf=keyring.Kdf(1, 1, 8)) for i in range(3)
+        keyring.create(b"%d" % i, cipher=Suite.AES, plaintext="refuse", kdf=keyring.Kdf(1, 1, 8))
+        for i in range(3)
     ]
     io = Recording(store, sync=False)
     written = []
@@ -286,148 +287,3 @@ def test_the_keyring_is_the_old_or_the_new_one(quick):
             assert got in allowed + ([None] if done == 0 else []), f"cut {cut}, draw {i}: {found.story}"
     print(f"{len(states)} states")
     assert len(states) > 100
-
-
-# --- these tests can fail: faults in the code under test that must be found --------------------------------------------
-
-
-class ForgetsToSync(FullDisk):
-    """Says that it synced."""
-
-    def _sync(self, fd, call, *, data):
-        pass
-
-
-class WritesHalves(FullDisk):
-    """Writes every page in two halves."""
-
-    def pwrite(self, fd, data, offset):
-        for at in range(0, len(data), PAGE // 2):
-            super().pwrite(fd, data[at : at + PAGE // 2], offset + at)
-        return len(data)
-
-
-class CutsFirst(SealedFile):
-    """Shrinks the file by one page too many and then writes that page again, as a longer file."""
-
-    __slots__ = ()
-
-    def truncate(self, size):
-        last = pages_for(size) - 1
-        if 0 <= last < self.pages - 1:
-            tail = bytes(self.read(plain_start(last), size - plain_start(last)))
-            self._io.ftruncate(self.fd, last * PAGE)
-            self.pages = last
-            self._seal(last, [tail + bytes(capacity(last) - len(tail))], len(tail))
-            self._put(last, 1)
-            self.pages, self.size = last + 1, size
-        else:
-            super().truncate(size)
-
-
-class LeavesTheCutToTheKernel(SealedFile):
-    """Shrinks without a sync of its own, also where the next write takes a new file id."""
-
-    __slots__ = ()
-
-    def truncate(self, size):
-        io = self._io
-        self._io = Unsynced(io)
-        try:
-            super().truncate(size)
-        finally:
-            self._io = io
-
-
-class Unsynced:
-    def __init__(self, io):
-        self._io = io
-
-    def __getattr__(self, name):
-        return (lambda fd: None) if name in {"fsync", "fdatasync"} else getattr(self._io, name)
-
-
-def trims_one_page_too_many(io, fd, keys):
-    sizes = crash.trim(io, fd, keys)
-    pages = os.fstat(fd).st_size // PAGE
-    if sizes is not None and pages > 1:
-        io.ftruncate(fd, (pages - 1) * PAGE)
-        crash.trim(io, fd, keys)
-    return sizes
-
-
-def trims_nothing(io, fd, keys):
-    return None
-
-
-FAULTS = {
-    "a sync that does nothing": Variant(backing=ForgetsToSync),
-    "a page written in two halves": Variant(backing=WritesHalves),
-    "a file cut too far and written again": Variant(sealed=CutsFirst),
-    "a new file id before the cut is synced": Variant(sealed=LeavesTheCutToTheKernel),
-    "a trim of one page too many": Variant(trim=trims_one_page_too_many),
-    "no trim": Variant(trim=trims_nothing),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_and_made_small(fault, quick):
-    variant = FAULTS[fault]
-    for number in range(200):
-        seed = f"{fault}/{SEED}/{number}"
-        rng = random.Random(seed)
-        plan = powercut.draw_plan(rng, rng.choice((4, 8, 14)))
-        failure, _ = failing(plan, Suite.AES, seed, 12, quick, variant)
-        if failure:
-            break
-    else:
-        pytest.fail("never found")
-    small, found = powercut.shortest(plan, lambda p: failing(p, Suite.AES, seed, 12, quick, variant)[0])
-    print(number, small, found)
-    assert len(small) <= 5
-
-
-class OwnSyncsOnly(powerstore.QuietRecording):
-    """Syncs what the application asks to sync, and nothing that the package syncs on its own account."""
-
-    asked = False
-
-    def _sync(self, fd, call, *, data):
-        if self.asked:
-            super()._sync(fd, call, data=data)
-
-
-class Asking(App):
-    def sync(self, path):
-        self._io.asked = True
-        super().sync(path)
-        self._io.asked = False
-
-    def sync_directory(self, path):
-        self._io.asked = True
-        super().sync_directory(path)
-        self._io.asked = False
-
-
-class ForgetsToSyncFirst(App):
-    """Renames what it did not sync, and takes it for safe."""
-
-    def sync(self, path):
-        if not path.endswith(b".tmp"):
-            super().sync(path)
-
-
-@pytest.mark.parametrize(
-    ("app", "io", "way", "plaintext"),
-    [
-        (ForgetsToSyncFirst, powerstore.QuietRecording, replaced, "refuse"),
-        (Asking, OwnSyncsOnly, published, "refuse"),
-        (Asking, OwnSyncsOnly, sealed_in_place, "read"),
-    ],
-)
-def test_a_missing_sync_is_found(app, io, way, plaintext, quick):
-    settings = Settings(file_keys(Suite.AES), plaintext == "read")
-    recorded = powerstore.record(quick, settings, earlier_run, way, PLAIN[plaintext], app=app, io=io)
-    _, failure = powerstore.search(recorded, f"{way.__name__}/{SEED}", 60, quick)
-    print(failure)
-    assert failure is not None

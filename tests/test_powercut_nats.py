@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import struct
 import sys
+import time
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,12 +21,12 @@ import nats_world as world
 import powerstore
 import pytest
 import recording
-from powercut import start_of
+from powercut import SCALE, SEED, quick
 from powerstore import Recorded, Settings, Step, World
+from promise import start_of
 from recording import Resize, Sync, SyncBegin, Write
-from test_powercut import SCALE, SEED, quick
 
-from encfs_js import keyring
+from encfs_js import keyring, state
 from encfs_js.sealed import FileKeys
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ def steps_of(trace: Trace, volume_keys: dict[int, bytes]) -> tuple[list[Step], d
             def ends(world: World, number: int = op.file, token: int = op.began) -> None:
                 world.of(number).sync_ends(token)
 
-            steps.append(Step(at, at + 1, lambda world: None, ends))
+            steps.append(Step(at, at + 1, None, ends))
     return steps, start
 
 
@@ -134,67 +136,100 @@ def publish(server: world.Server, sink: Path, first: int, count: int) -> list[Ac
     return world.talk(server, one_by_one)
 
 
-@pytest.fixture
-def recorded(tmp_path, monkeypatch):
-    """A run on a store that an earlier run has filled: the record, and what was acked, each with the number of calls by
-    then: before the purge, and after it; and when the purge began.
+class Run(NamedTuple):
+    """A recorded run, and what was acked in it, each with the number of calls by then: before the purge, and after it;
+    the number of calls when the purge began; the store's keys.
     """
-    store, sink = tmp_path / "store", tmp_path / "sink"
+
+    recorded: Recorded
+    before: list[tuple[Acked, int]]
+    after: list[tuple[Acked, int]]
+    purge: int
+    keys: keyring.Keys
+
+    def lost(self, found: dict[int, bytes], cut: int) -> str:
+        """Which messages are missing that were acked when the power was cut; those before the purge until it began."""
+        wanted = [ack for ack, done in self.after if done <= cut]
+        wanted += [ack for ack, done in self.before if done <= cut <= self.purge]
+        missing = [ack.seq for ack in wanted if found.get(ack.seq) != ack.payload]
+        return f"acked messages {missing} are lost" if missing else ""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A server that syncs every message, on a store that an earlier run has filled."""
+    where = tmp_path_factory.mktemp("recorded")
+    store, mountpoint, sink = where / "store", where / "mnt", where / "sink"
     mounts.init(store, cipher="aes")
     sink.touch()
     with (
-        mounts.mounted(store, tmp_path / "mnt"),
-        world.serving(tmp_path / "mnt", tmp_path / "work", sync="always") as server,
+        mounts.mounted(store, mountpoint),
+        world.serving(mountpoint, where / "work", sync="always") as server,
     ):
         world.add_stream(server, "ORDERS", "orders.>")
         world.add_durable(server, "ORDERS", "billing")
         acked = publish(server, sink, 0, 40)
-    monkeypatch.setattr(
-        mounts, "COMMAND", [sys.executable, os.path.join(os.path.dirname(__file__), "recorded_mount.py")]
-    )
-    monkeypatch.setenv("POWERCUT_SINK", str(sink))
-    with (
-        mounts.mounted(store, tmp_path / "mnt"),
-        world.serving(tmp_path / "mnt", tmp_path / "work", sync="always") as server,
-    ):
-        acked += publish(server, sink, 100, 80)
-        world.consume(server, "ORDERS", "billing", 40)
-        purge = os.stat(sink).st_size
-        world.talk(server, lambda _, jetstream: jetstream.purge_stream("ORDERS"))
-        purged = len(acked)
-        acked += publish(server, sink, 200, 70)
-        server.restart()
-        acked += publish(server, sink, 300, 30)
-    trace = recording.load(sink)
-    ends = recording.ends(sink)
+    with pytest.MonkeyPatch.context() as patch:
+        program = os.path.join(os.path.dirname(__file__), "recorded_mount.py")
+        patch.setattr(mounts, "COMMAND", [sys.executable, program])
+        patch.setenv("POWERCUT_SINK", str(sink))
+        with (
+            mounts.mounted(store, mountpoint),
+            world.serving(mountpoint, where / "work", sync="always") as server,
+        ):
+            acked += publish(server, sink, 100, 80)
+            world.consume(server, "ORDERS", "billing", 40)
+            purge, purged = os.stat(sink).st_size, len(acked)
+            world.talk(server, lambda _, jetstream: jetstream.purge_stream("ORDERS"))
+            acked += publish(server, sink, 200, 70)
+            server.restart()
+            acked += publish(server, sink, 300, 30)
+    trace, ends = recording.load(sink), recording.ends(sink)
     _, keys, _ = keyring.unlock_store(str(store), mounts.KEY.encode())
     steps, start = steps_of(trace, {1: keys.volume_key(1)})
     settings = Settings(FileKeys(keys.volume_key, keys.settings.cipher, 1))
     done = [(ack, bisect_right(ends, ack.size)) for ack in acked]
-    return Recorded(trace, steps, start, settings), done[:purged], done[purged:], bisect_right(ends, purge)
+    recorded = Recorded(trace, steps, start, settings)
+    return Run(recorded, done[:purged], done[purged:], bisect_right(ends, purge), keys)
 
 
-def test_acked_messages_are_on_the_disk(recorded, quick):
-    run, before, after, purge = recorded
-    blocks: list[bytes] = []
+def test_acked_messages_are_on_the_disk(run, quick):
+    """At every point of the run, and whichever way the directories were on the disk: in one of the stream's blocks."""
+    states = 0
+    for cut, disk, promises in run.recorded.replay():
 
-    def also(stack: powerstore.Opened) -> str:
-        blocks[:] = [stack.read(path) for path in stack.all_files() if path.endswith(b".blk")]
-        found = messages_in(blocks)
-        wanted = [ack for ack, done in after if done <= cut] + [
-            ack for ack, done in before if done <= cut <= purge
-        ]
-        lost = [ack.seq for ack in wanted if found.get(ack.seq) != ack.payload]
-        return f"acked messages {lost} are lost" if lost else ""
+        def lost(stack: powerstore.Opened, cut: int = cut) -> str:
+            blocks = [stack.read(path) for path in stack.all_files() if path.endswith(b".blk")]
+            return run.lost(messages_in(blocks), cut)
 
-    states = wanted = 0
-    for cut, disk, promises in run.replay():
         for i in range(2 * SCALE):
             found = disk.crash(random.Random(f"{SEED}/{cut}/{i}"))
-            finding = powerstore.judge(run, found, disk.inodes, promises, quick, also)
+            finding = powerstore.judge(run.recorded, found, disk.inodes, promises, quick, lost)
             assert not finding, f"cut after {cut} operations, seed {SEED}/{cut}/{i}: {finding}\n{found.story}"
             states += 1
-            wanted += sum(done <= cut for _, done in after)
-    print(f"{states} states of {len(run.trace.ops)} operations")
+    print(f"{states} states of {len(run.recorded.trace.ops)} operations")
     assert states > 1000 * SCALE
-    assert wanted > 10_000 * SCALE
+
+
+def test_a_server_goes_on_after_a_power_cut(run, tmp_path):
+    """A real mount and a real server on what was found, on a file system with one journal as ext4 is."""
+    length = len(run.recorded.trace.ops)
+    cuts = sorted(random.Random(SEED).sample(range(run.recorded.trace.base, length), 3 * SCALE))
+    for cut, disk, _ in run.recorded.replay():
+        if cut not in cuts:
+            continue
+        found = disk.crash(random.Random(f"{SEED}/{cut}"), single=True)
+        store, mountpoint = tmp_path / f"store{cut}", tmp_path / f"mnt{cut}"
+        store.mkdir()
+        found.write_out(store)
+        state.save(str(store), run.keys, state.State(clean=False, began=time.time_ns(), windows=()))
+        with mounts.mounted(store, mountpoint) as mount:
+            with world.serving(mountpoint, tmp_path / f"work{cut}", sync="always") as server:
+                messages = world.read(server, "ORDERS")
+                finding = run.lost({message.seq: message.payload for message in messages}, cut)
+                assert not finding, f"cut after {cut} operations, seed {SEED}/{cut}: {finding}\n{found.story}"
+                world.publish(server, world.sample("orders", 20))
+                assert len(world.read(server, "ORDERS")) == len(messages) + 20
+            trimmed = [line for line in mount.complaints() if "never synced before the unclean stop" in line]
+            mount.expected += map(re.escape, trimmed)
+        mounts.verify(store)

@@ -1,0 +1,96 @@
+"""What a program that used a plain file may expect of it after a power cut, and whether a content is that.
+
+Pages are known by FORMAT.md's numbers only, and nothing is known of sealing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+
+def start_of(page: int) -> int:
+    return 4032 + (page - 1) * 4064 if page else 0
+
+
+def page_at(offset: int) -> int:
+    return 0 if offset < 4032 else 1 + (offset - 4032) // 4064
+
+
+class Promise:
+    """What a plain file may be after a power cut now, from what was done to it so far.
+
+    A page of it (in the sense of FORMAT.md: what one page write carries) is as the last sync left it or as any operation
+    since did; what was synced and not cut since is there; nothing is longer than it ever was since the sync.
+    """
+
+    def __init__(self) -> None:
+        self.plain = bytearray()
+        self._synced = b""
+        self._since: list[tuple[int, bytes]] = []  # page, and what it held after an operation
+        self._sizes: list[int] = []
+        self._dropped = 0
+        self._begun: dict[int, tuple[int, int, bytes]] = {}
+
+    def starts_as(self, content: bytes) -> None:
+        """The file lies on the disk like this."""
+        self.plain[:] = self._synced = content
+
+    def write(self, offset: int, data: bytes) -> None:
+        if offset > len(self.plain):
+            self.truncate(offset)
+        self.plain[offset : offset + len(data)] = data
+        self._changed(offset, offset + len(data))
+
+    def truncate(self, size: int) -> None:
+        old = len(self.plain)
+        if size < old:
+            del self.plain[size:]
+            self._changed(max(size - 1, 0), size)
+        else:
+            self.plain += bytes(size - old)
+            self._changed(old, size)
+
+    def _changed(self, start: int, end: int) -> None:
+        self._sizes.append(len(self.plain))
+        if end > start:
+            for page in range(page_at(start), page_at(end - 1) + 1):
+                self._since.append((page, self._piece(self.plain, page)))
+
+    def becomes(self, content: bytes) -> None:
+        """After an operation that failed half way: this is what the file holds now."""
+        self.plain[:] = content
+        self._changed(0, len(content))
+
+    def sync_begins(self, token: int) -> None:
+        self._begun[token] = (len(self._since) + self._dropped, len(self._sizes), bytes(self.plain))
+
+    def sync_ends(self, token: int) -> None:
+        since, sizes, self._synced = self._begun.pop(token)
+        del self._since[: since - self._dropped]
+        self._dropped = since
+        self._sizes = (
+            [len(self._synced), *self._sizes[sizes:]]
+            if not self._begun
+            else [len(self._synced), *self._sizes]
+        )
+
+    @staticmethod
+    def _piece(content: bytes | bytearray, page: int) -> bytes:
+        return bytes(content[start_of(page) : start_of(page + 1)])
+
+    def wrong(self, content: bytes) -> str:
+        """What is wrong with the content, or an empty string."""
+        low = min([len(self._synced), *self._sizes])
+        high = max([len(self._synced), *self._sizes])
+        if len(content) < low:
+            return f"{len(content)} bytes where {low} were synced and never cut"
+        if len(content) > high:
+            return f"{len(content)} bytes where there were never more than {high}"
+        known: defaultdict[int, set[bytes]] = defaultdict(set)
+        for page, piece in self._since:
+            known[page].add(piece)
+        for page in range(page_at(len(content) - 1) + 1 if content else 0):
+            piece = self._piece(content, page)
+            if piece != self._piece(self._synced, page) and piece not in known[page]:
+                return f"page {page} ({len(piece)} plain bytes) is as it never was since the last sync"
+        return ""
