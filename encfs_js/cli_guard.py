@@ -73,7 +73,8 @@ def status(store: str, as_json: bool) -> None:
 def clear(store: str, directory: str | None, as_json: bool) -> None:
     """Open the guard over DIRECTORY, or all guards.
 
-    DIRECTORY is a path in STORE, as `guard status` prints it. A running daemon notices. If a damaged page is met again, the guard closes again.
+    DIRECTORY is a path in STORE, as `guard status` prints it. A running daemon notices. If a damaged page is met again,
+    the guard closes again.
     """
     closed = _read(store)
     name = None if directory is None else os.fsencode(directory)

@@ -72,8 +72,7 @@ class Files:
         """Return the node's content, opening its backing file if need be. Raises OSError."""
         if node.file is not None and (node.writable or not write):
             return node.file
-        path = self._tree.path(node)
-        fd, writable = self._open_backing(path, write)
+        fd, writable = self._open_backing(node, write)
         found = self._io.fstat(fd)
         if found.st_ino != node.ino or not stat.S_ISREG(found.st_mode):
             self._io.close(fd)
@@ -106,7 +105,7 @@ class Files:
                 return PlainFile(self._io, fd)
         return SealedFile(self._io, fd, self._keys)
 
-    def _open_backing(self, path: bytes, write: bool) -> tuple[int, bool]:
+    def _open_backing(self, node: Node, write: bool) -> tuple[int, bool]:
         """Open for reading and writing whenever that is possible: a partial page is read before it is written.
 
         Times of access stay as they are (as with the mount option noatime); only an owner may ask for that.
@@ -118,25 +117,23 @@ class Files:
             ways += [os.O_RDONLY | os.O_NOATIME, os.O_RDONLY]
         for i, way in enumerate(ways):
             try:
-                fd = self._io.open(path, way | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._tree.root_fd)
+                return self._tree.open(node, way | os.O_NONBLOCK), bool(way & os.O_RDWR)
             except OSError as exc:
                 if exc.errno not in _RETRY_READ_ONLY or i == len(ways) - 1:
-                    return self._open_own(path, exc)
-            else:
-                return fd, bool(way & os.O_RDWR)
-        raise AssertionError(path)
+                    return self._open_own(node, exc)
+        raise AssertionError(node)
 
-    def _open_own(self, path: bytes, refused: OSError) -> tuple[int, bool]:
+    def _open_own(self, node: Node, refused: OSError) -> tuple[int, bool]:
         """Open a file of our own whose mode keeps even us out; the kernel has checked the caller already."""
-        found = self._io.stat(path, dir_fd=self._tree.root_fd, follow_symlinks=False)
+        found = self._tree.stat(node)
         if refused.errno != errno.EACCES or found.st_uid != os.geteuid() or self._reserve is None:
             raise refused
         mode = stat.S_IMODE(found.st_mode)
-        self._io.chmod(path, mode | stat.S_IRUSR | stat.S_IWUSR, dir_fd=self._tree.root_fd)
+        self._tree.chmod(node, mode | stat.S_IRUSR | stat.S_IWUSR)
         try:
-            return self._io.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._tree.root_fd), True
+            return self._tree.open(node, os.O_RDWR), True
         finally:
-            self._io.chmod(path, mode, dir_fd=self._tree.root_fd)
+            self._tree.chmod(node, mode)
 
     def detach(self, node: Node) -> None:
         """Close the backing file if no handle needs it."""
@@ -247,7 +244,7 @@ class Files:
 
     def truncate(self, node: Node, size: int, most: int | None = None) -> bool:
         """Cut or grow to `size`; growing by at most `most` bytes in one call. Returns whether `size` is reached."""
-        if size < self.size(node) and node.names:
+        if self._tree.guard.closed and node.names and size < self.size(node):
             self._tree.guard.check(self._tree.path(node))
         try:
             if size == 0:

@@ -20,7 +20,6 @@ import logging
 import operator
 import os
 import stat
-import time
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
@@ -28,11 +27,11 @@ import trio
 
 from encfs_js.errors import IntegrityError
 from encfs_js.format import PAGE, page_of
+from encfs_js.pace import Pace, await_pages, fetch_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
-    from encfs_js.backing import Backing
     from encfs_js.files import Files
     from encfs_js.tree import Node, Tree
 
@@ -49,12 +48,7 @@ _NODE: Final = (1 << 61) - 1
 _DIRECTORY_SERIALS: Final = 1 << 12
 _DIRECTORY_SHIFT: Final = 48
 
-# A thread costs 55-140 us a request (measured); what waited less than this for the disk on average is done in the loop.
-_QUICK: Final = 0.0006
 _GROW: Final = 1 << 20
-# The kernel's own read-ahead makes requests of 128 KiB and more; then the rest of a message block will be wanted too.
-_SEQUENTIAL: Final = 128 << 10
-_READ_AHEAD: Final = 4 << 20
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,8 +89,8 @@ class Operations(pyfuse3.Operations):
         self._files = files
         self._writeback = writeback
         self._read_only = read_only
-        self._pace_of_syncs = _Pace()
-        self._pace_of_reads = _Pace()
+        self._pace_of_syncs = Pace()
+        self._pace_of_reads = Pace()
         self._listings: dict[int, list[tuple[int, bytes]]] = {}
         self._serial = 0
 
@@ -138,7 +132,9 @@ class Operations(pyfuse3.Operations):
         return self._entry(node, found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Nothing: the table is a cache, a node leaves it with its last name."""
+        """Let go of what has no name; apart from that the table is a cache, and lookups are not counted."""
+        for inode, _ in inode_list:
+            self._tree.forget(inode)
 
     @replies
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:  # noqa: ARG002
@@ -222,7 +218,7 @@ class Operations(pyfuse3.Operations):
             while not self._files.truncate(node, attr.st_size, _GROW):
                 await trio.lowlevel.checkpoint()
             self._files.detach(node)
-        if fields.update_uid or fields.update_gid:
+        if fields.update_uid or fields.update_gid or not _changes(fields):
             tree.chown(node, attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1)
         if fields.update_mode:
             tree.chmod(node, attr.st_mode)
@@ -263,15 +259,23 @@ class Operations(pyfuse3.Operations):
             fh |= _SYNC
         return pyfuse3.FileInfo(fh=fh, direct_io=direct, keep_cache=True)
 
+    def _cut_at_open(self, node: Node, ctx: pyfuse3.RequestContext) -> None:
+        """Empty a file as O_TRUNC does; the set-id bits go with the content, which the kernel leaves to us here."""
+        self._files.truncate(node, 0)
+        mode = self._tree.stat(node).st_mode
+        if ctx.uid and mode & (stat.S_ISUID | stat.S_ISGID):
+            drop = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+            self._tree.chmod(node, mode & ~drop)
+
     @replies
-    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:  # noqa: ARG002
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a regular file; O_TRUNC comes with it."""
         node = self._tree.node(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._may_write()
         try:
             if flags & os.O_TRUNC:
-                self._files.truncate(node, 0)
+                self._cut_at_open(node, ctx)
             return self._opened(node, flags)
         except BaseException:
             self._files.detach(node)
@@ -290,8 +294,9 @@ class Operations(pyfuse3.Operations):
             self._files.adopt(node, fd, writable=True, found=found)
         else:
             self._tree.io.close(fd)
-        if flags & os.O_TRUNC:
-            self._files.truncate(node, 0)
+        if flags & os.O_TRUNC and found.st_size:
+            self._cut_at_open(node, ctx)
+            found = self._tree.stat(node)
         return self._opened(node, flags), self._entry(node, found)
 
     @replies
@@ -310,12 +315,10 @@ class Operations(pyfuse3.Operations):
         return self._files.read(node, off, size)
 
     async def _fetch(self, fd: int, off: int, size: int) -> None:
-        """Bring the pages that hold a plain range into memory, and start on what a sequential reader will want next."""
-        first, last = page_of(off)[0], page_of(off + size)[0]
-        io, start, end = self._tree.io, first * PAGE, (last + 1) * PAGE
-        ahead = _READ_AHEAD if size >= _SEQUENTIAL else 0
-        io.fadvise(fd, start, end - start + ahead, os.POSIX_FADV_WILLNEED)
-        await self._pace_of_reads.run(_await_pages, io, fd, start, end)
+        """Bring the pages that hold a plain range into memory."""
+        start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
+        fetch_ahead(self._tree.io, fd, start, end)
+        await self._pace_of_reads.run(await_pages, self._tree.io, fd, start, end)
 
     @replies
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -358,8 +361,7 @@ class Operations(pyfuse3.Operations):
     @replies
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List a directory from the entry after `start_id`; the names are read again at the start."""
-        inode = fh & ((1 << _DIRECTORY_SHIFT) - 1) if fh >> _DIRECTORY_SHIFT < _DIRECTORY_SERIALS else fh
-        directory = self._tree.node(inode)
+        directory = self._tree.node(_directory(fh))
         if start_id == 0 or fh not in self._listings:
             self._listings[fh] = self._tree.listing(directory)
         for offset, name, known in ((1, b".", directory), (2, b"..", self._tree.parent(directory))):
@@ -384,35 +386,20 @@ class Operations(pyfuse3.Operations):
     @replies
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Make the entries of a directory durable."""
-        inode = fh & ((1 << _DIRECTORY_SHIFT) - 1) if fh >> _DIRECTORY_SHIFT < _DIRECTORY_SERIALS else fh
-        io, path = self._tree.io, self._tree.path(self._tree.node(inode))
-        fd = io.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._tree.root_fd)
+        fd = self._tree.open(self._tree.node(_directory(fh)), os.O_RDONLY | os.O_DIRECTORY)
         try:
             await self._sync(fd, datasync=datasync)
         finally:
-            io.close(fd)
+            self._tree.io.close(fd)
+
+
+def _directory(fh: int) -> int:
+    return fh & ((1 << _DIRECTORY_SHIFT) - 1) if fh >> _DIRECTORY_SHIFT < _DIRECTORY_SERIALS else fh
+
+
+def _changes(fields: pyfuse3.SetattrFields) -> bool:
+    """Tell whether anything is to be set: chown(-1, -1) sets nothing, and moves ctime all the same."""
+    return bool(fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime)
 
 
 _offset = operator.itemgetter(0)
-
-
-class _Pace:
-    """Runs calls that wait for the disk: in the loop while they have been quick, in a thread while they have not."""
-
-    def __init__(self) -> None:
-        self._took = 0.0
-
-    async def run(self, call: Callable[..., object], *args: object) -> None:
-        started = time.perf_counter()
-        if self._took < _QUICK:
-            call(*args)
-        else:
-            await trio.to_thread.run_sync(call, *args)
-        self._took += (time.perf_counter() - started - self._took) / 8
-
-
-def _await_pages(io: Backing, fd: int, start: int, end: int) -> None:
-    """Wait until the pages asked for are in memory: one byte of every 128 KiB, so that nothing is copied."""
-    byte = bytearray(1)
-    for at in (*range(start, end - PAGE, _SEQUENTIAL), end - PAGE):
-        io.preadv(fd, [byte], at)

@@ -326,6 +326,8 @@ class SealedFile:
             self.grow(size)
             return
         if size == self.size:
+            if self.damage is not None:
+                raise DamagedPageError(self.damage)
             self._io.ftruncate(self.fd, self.pages * PAGE)  # changes nothing but the times, as on a plain file
             return
         pages = pages_for(size)

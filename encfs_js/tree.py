@@ -15,15 +15,19 @@ import stat
 import zlib
 from typing import TYPE_CHECKING, Final
 
-from encfs_js.backing import META, Backing
+from encfs_js.backing import META, RENAME_EXCHANGE, Backing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from encfs_js.guard import Guard
     from encfs_js.redo import PlainFile
     from encfs_js.sealed import SealedFile
 
 ROOT: Final = 1
 HIDDEN: Final = META.encode()
+# A caller may reach deeper than PATH_MAX by steps, and so must we: from here on a directory is kept open to start from.
+_LONG_PATH: Final = 2048
 
 
 class Node:
@@ -31,10 +35,12 @@ class Node:
 
     file, fd: the content, while open. opens: how many FUSE handles; cached_writers, direct_writers: those of them that
     write, through the kernel's cache or past it. size: plain size in bytes when last closed, None if never looked at.
-    checked: the crash rule was applied.
+    checked: the crash rule was applied. held: an O_PATH descriptor of a file that lost its last name while the kernel
+    still knew it, -1 otherwise. anchor: one of a directory that lies deep, from which paths below it start, or -1.
     """
 
     __slots__ = (
+        "anchor",
         "cached_writers",
         "checked",
         "children",
@@ -42,6 +48,7 @@ class Node:
         "fd",
         "file",
         "generation",
+        "held",
         "ino",
         "names",
         "opens",
@@ -62,6 +69,8 @@ class Node:
         self.direct_writers = 0
         self.size: int | None = None
         self.checked = False
+        self.held = -1
+        self.anchor = -1
 
 
 def cookie(name: bytes) -> int:
@@ -95,7 +104,7 @@ class Tree:
             raise _error(errno.ESTALE) from None
 
     def path(self, node: Node) -> bytes:
-        """Return one path of the node. Raises OSError ESTALE when it has lost its names."""
+        """Return one path of the node in the store, for people and for the guard. Raises OSError ESTALE without a name."""
         parts = []
         while node is not self.root:
             if not node.names:
@@ -104,13 +113,41 @@ class Tree:
             parts.append(name)
         return b"/".join(reversed(parts)) or b"."
 
-    def below(self, parent: Node, name: bytes) -> bytes:
-        """Return the path of `name` in `parent`. Our own directory does not exist there."""
+    def at(self, node: Node) -> tuple[int, bytes, bool]:
+        """Return (directory descriptor, path from there, whether to follow a symbolic link at its end) for a system call.
+
+        Raises OSError ESTALE for a node that has no name and is not held.
+        """
+        if node is self.root:
+            return self.root_fd, b".", False
+        if not node.names:
+            if node.held < 0:
+                raise _error(errno.ESTALE)
+            return self.root_fd, b"/proc/self/fd/%d" % node.held, True
+        fd, path = self.child(*node.names[0])
+        return fd, path, False
+
+    def child(self, parent: Node, name: bytes) -> tuple[int, bytes]:
+        """Return (directory descriptor, path from there) of `name` in `parent`. Our own directory does not exist there."""
         if parent is self.root:
             if name == HIDDEN:
                 raise _error(errno.ENOENT)
-            return name
-        return self.path(parent) + b"/" + name
+            return self.root_fd, name
+        above = []
+        node = parent
+        while node is not self.root and node.anchor < 0:
+            if not node.names:
+                raise _error(errno.ENOENT)
+            above.append(node)
+            node = node.names[0][0]
+        fd, path = (self.root_fd if node is self.root else node.anchor), b""
+        for directory in reversed(above):
+            path += directory.names[0][1] + b"/"
+            if len(path) > _LONG_PATH:
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                directory.anchor = self.io.open(path[:-1], flags, dir_fd=fd)
+                fd, path = directory.anchor, b""
+        return fd, path + name
 
     def parent(self, directory: Node) -> Node:
         """Return the directory above; the root's is itself."""
@@ -118,41 +155,43 @@ class Tree:
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         """Find an entry. Raises OSError ENOENT, and EXDEV where another file system is mounted inside the store."""
-        path = self.below(parent, name)
-        found = self.io.stat(path, dir_fd=self.root_fd, follow_symlinks=False)
+        fd, path = self.child(parent, name)
+        found = self.io.stat(path, dir_fd=fd, follow_symlinks=False)
         if found.st_dev != self._dev:
             raise _error(errno.EXDEV)
-        return self._adopt(parent, name, path, found), found
-
-    def _adopt(self, parent: Node, name: bytes, path: bytes, found: os.stat_result) -> Node:
         node = self.nodes.get(found.st_ino)
         if node is None:
-            node = self.nodes[found.st_ino] = Node(found.st_ino, self.io.generation(self.root_fd, path))
+            node = self.nodes[found.st_ino] = Node(found.st_ino, self.io.generation(fd, path))
         known = (parent, name)
         if known not in node.names:
             if stat.S_ISDIR(found.st_mode):
                 node.names.clear()
             node.names.append(known)
         parent.children[name] = node
-        return node
+        return node, found
 
     def stat(self, node: Node) -> os.stat_result:
         """Return the backing file's stat. Raises OSError ESTALE when another file stands under its name."""
-        if node.fd >= 0:
-            return self.io.fstat(node.fd)
-        if node is self.root:
-            return self.io.fstat(self.root_fd)
+        for fd in (node.fd, node.held):
+            if fd >= 0:
+                return self.io.fstat(fd)
+        fd, path, follow = self.at(node)
         try:
-            found = self.io.stat(self.path(node), dir_fd=self.root_fd, follow_symlinks=False)
+            found = self.io.stat(path, dir_fd=fd, follow_symlinks=follow)
         except FileNotFoundError:
             raise _error(errno.ESTALE) from None
-        if found.st_ino != node.ino:
+        if found.st_ino != node.ino and node is not self.root:
             raise _error(errno.ESTALE)
         return found
 
+    def open(self, node: Node, flags: int) -> int:
+        """Open the backing file or directory. A symbolic link is never followed."""
+        fd, path, follow = self.at(node)
+        return self.io.open(path, flags | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), dir_fd=fd)
+
     def listing(self, node: Node) -> list[tuple[int, bytes]]:
         """Return (offset, name) of every entry, in the order of the offsets."""
-        fd = self.io.open(self.path(node), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.root_fd)
+        fd = self.open(node, os.O_RDONLY | os.O_DIRECTORY)
         try:
             names = self.io.listdir(fd)
         finally:
@@ -161,36 +200,37 @@ class Tree:
 
     def readlink(self, node: Node) -> bytes:
         """Return where the symbolic link points."""
-        return self.io.readlink(self.path(node), dir_fd=self.root_fd)
+        if node.held >= 0:
+            return self.io.readlink(b"", dir_fd=node.held)
+        fd, path, _ = self.at(node)
+        return self.io.readlink(path, dir_fd=fd)
 
     # -- making
 
-    def _new_path(self, parent: Node, name: bytes) -> bytes:
+    def _new(self, parent: Node, name: bytes) -> tuple[int, bytes]:
         if parent is self.root and name == HIDDEN:
             raise _error(errno.EPERM)
-        return self.below(parent, name)
+        return self.child(parent, name)
 
-    def _made(
-        self, parent: Node, name: bytes, path: bytes, mode: int, uid: int, gid: int
-    ) -> tuple[Node, os.stat_result]:
+    def _made(self, parent: Node, name: bytes, mode: int, uid: int, gid: int) -> tuple[Node, os.stat_result]:
         """Give what was just made to its maker, as the kernel would: the group is the directory's where that says so."""
         if self._give and (uid or gid):
+            fd, path = self.child(parent, name)
             keep_group = self.stat(parent).st_mode & stat.S_ISGID
-            self.io.chown(path, uid, -1 if keep_group else gid, dir_fd=self.root_fd, follow_symlinks=False)
+            self.io.chown(path, uid, -1 if keep_group else gid, dir_fd=fd, follow_symlinks=False)
             if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(mode):
-                found = self.io.stat(path, dir_fd=self.root_fd, follow_symlinks=False)
-                self.io.chmod(path, stat.S_IMODE(mode) | found.st_mode & stat.S_ISGID, dir_fd=self.root_fd)
+                self.io.chmod(path, stat.S_IMODE(mode), dir_fd=fd)  # chown(2) took the set-id bits away
         return self.lookup(parent, name)
 
     def create(
         self, parent: Node, name: bytes, mode: int, uid: int, gid: int, *, exclusive: bool
     ) -> tuple[Node, int, os.stat_result]:
         """Make a regular file and open it. Returns its node, the open descriptor and its stat. Raises OSError."""
-        path = self._new_path(parent, name)
+        at, path = self._new(parent, name)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_EXCL if exclusive else 0)
-        fd = self.io.open(path, flags, stat.S_IMODE(mode), dir_fd=self.root_fd)
+        fd = self.io.open(path, flags, stat.S_IMODE(mode), dir_fd=at)
         try:
-            node, found = self._made(parent, name, path, mode, uid, gid)
+            node, found = self._made(parent, name, mode, uid, gid)
         except BaseException:
             self.io.close(fd)
             raise
@@ -198,61 +238,70 @@ class Tree:
 
     def mkdir(self, parent: Node, name: bytes, mode: int, uid: int, gid: int) -> tuple[Node, os.stat_result]:
         """Make a directory."""
-        path = self._new_path(parent, name)
-        self.io.mkdir(path, stat.S_IMODE(mode), dir_fd=self.root_fd)
-        return self._made(parent, name, path, stat.S_IFDIR, uid, gid)
+        fd, path = self._new(parent, name)
+        self.io.mkdir(path, stat.S_IMODE(mode), dir_fd=fd)
+        return self._made(parent, name, stat.S_IFDIR, uid, gid)
 
     def mknod(self, parent: Node, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> tuple[Node, os.stat_result]:
         """Make a FIFO, a socket, a device or a regular file."""
-        path = self._new_path(parent, name)
-        self.io.mknod(path, mode, rdev, dir_fd=self.root_fd)
-        return self._made(parent, name, path, mode, uid, gid)
+        fd, path = self._new(parent, name)
+        self.io.mknod(path, mode, rdev, dir_fd=fd)
+        return self._made(parent, name, mode, uid, gid)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, uid: int, gid: int) -> tuple[Node, os.stat_result]:
         """Make a symbolic link."""
-        path = self._new_path(parent, name)
-        self.io.symlink(target, path, dir_fd=self.root_fd)
-        return self._made(parent, name, path, stat.S_IFLNK, uid, gid)
+        fd, path = self._new(parent, name)
+        self.io.symlink(target, path, dir_fd=fd)
+        return self._made(parent, name, stat.S_IFLNK, uid, gid)
 
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         """Give the node one more name. Raises OSError ENOENT when it has none left."""
-        path = self._new_path(parent, name)
+        new_fd, new_path = self._new(parent, name)
         if not node.names:
             raise _error(errno.ENOENT)
-        self.io.link(self.path(node), path, src_dir_fd=self.root_fd, dst_dir_fd=self.root_fd, follow_symlinks=False)
+        fd, path, _ = self.at(node)
+        self.io.link(path, new_path, src_dir_fd=fd, dst_dir_fd=new_fd, follow_symlinks=False)
         return self.lookup(parent, name)
 
     # -- removing and moving
 
+    def _guarded(self, parent: Node, name: bytes, *, moves: bool = False) -> None:
+        if self.guard.closed:
+            self.guard.check(name if parent is self.root else self.path(parent) + b"/" + name, moves=moves)
+
     def unlink(self, parent: Node, name: bytes) -> None:
         """Remove a name that is no directory's. Raises OSError EROFS below a closed guard."""
-        path = self.below(parent, name)
-        self.guard.check(path)
-        self.io.unlink(path, dir_fd=self.root_fd)
-        self._forget_name(parent, name)
+        fd, path = self.child(parent, name)
+        self._guarded(parent, name)
+        held = self._hold(parent, name)
+        self._unless(held, self.io.unlink, path, dir_fd=fd)
+        self._forget_name(parent, name, held)
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Remove an empty directory. Raises OSError EROFS below a closed guard."""
-        path = self.below(parent, name)
-        self.guard.check(path)
-        self.io.rmdir(path, dir_fd=self.root_fd)
-        self._forget_name(parent, name)
+        fd, path = self.child(parent, name)
+        self._guarded(parent, name)
+        held = self._hold(parent, name)
+        self._unless(held, self.io.rmdir, path, dir_fd=fd)
+        self._forget_name(parent, name, held)
 
     def rename(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> None:
         """Move `name` to `new_name`, with the flags of renameat2(2). Raises OSError EROFS below a closed guard."""
-        path, new_path = self.below(parent, name), self._new_path(new_parent, new_name)
-        self.guard.check(path, moves=True)
-        self.guard.check(new_path, moves=True)
+        fd, path = self.child(parent, name)
+        new_fd, new_path = self._new(new_parent, new_name)
+        self._guarded(parent, name, moves=True)
+        self._guarded(new_parent, new_name, moves=True)
+        held = -1 if flags & RENAME_EXCHANGE else self._hold(new_parent, new_name)
         if flags:
-            self.io.renameat2(self.root_fd, path, self.root_fd, new_path, flags)
+            self._unless(held, self.io.renameat2, fd, path, new_fd, new_path, flags)
         else:
-            self.io.rename(path, new_path, src_dir_fd=self.root_fd, dst_dir_fd=self.root_fd)
+            self._unless(held, self.io.rename, path, new_path, src_dir_fd=fd, dst_dir_fd=new_fd)
         moved = parent.children.pop(name, None)
-        if flags & 2:  # RENAME_EXCHANGE
+        if flags & RENAME_EXCHANGE:
             other = new_parent.children.pop(new_name, None)
             self._rename_node(other, new_parent, new_name, parent, name)
         else:
-            self._forget_name(new_parent, new_name)
+            self._forget_name(new_parent, new_name, held)
         self._rename_node(moved, parent, name, new_parent, new_name)
 
     @staticmethod
@@ -261,15 +310,51 @@ class Tree:
             node.names[node.names.index((parent, name))] = (new_parent, new_name)
             new_parent.children[new_name] = node
 
-    def _forget_name(self, parent: Node, name: bytes) -> None:
+    def _hold(self, parent: Node, name: bytes) -> int:
+        """Open what is about to lose its last name, if the kernel knows it: it may be somebody's directory or descriptor.
+
+        It also keeps the inode number from being used again. The kernel forgets it at once when nobody has it.
+        """
+        node = parent.children.get(name)
+        if node is None or node.fd >= 0 or len(node.names) > 1:
+            return -1
+        try:
+            return self.open(node, os.O_PATH)
+        except OSError:
+            return -1  # the removal itself will say what is wrong
+
+    def _unless(self, held: int, call: Callable[..., None], *args: object, **kwargs: object) -> None:
+        try:
+            call(*args, **kwargs)
+        except BaseException:
+            if held >= 0:
+                self.io.close(held)
+            raise
+
+    def _forget_name(self, parent: Node, name: bytes, held: int) -> None:
         node = parent.children.pop(name, None)
-        if node is not None:
-            node.names.remove((parent, name))
+        if node is None:
+            return
+        node.names.remove((parent, name))
+        node.held = held
+        self.drop_if_gone(node)
+
+    def forget(self, ino: int) -> None:
+        """Let go of a node that the kernel has forgotten, if it has no name."""
+        node = self.nodes.get(ino)
+        if node is not None and not node.names and node.held >= 0:
+            self.io.close(node.held)
+            node.held = -1
             self.drop_if_gone(node)
 
     def drop_if_gone(self, node: Node) -> None:
-        """Take a node without a name out of the table, unless it is open."""
-        if not node.names and node.fd < 0 and self.nodes.get(node.ino) is node and node is not self.root:
+        """Take a node without a name out of the table, unless it is open or held."""
+        if node.names or node.fd >= 0 or node.held >= 0 or node is self.root:
+            return
+        if node.anchor >= 0:
+            self.io.close(node.anchor)
+            node.anchor = -1
+        if self.nodes.get(node.ino) is node:
             del self.nodes[node.ino]
 
     # -- attributes
@@ -279,21 +364,24 @@ class Tree:
         if node.fd >= 0:
             self.io.chown(node.fd, uid, gid)
         else:
-            self.io.chown(self.path(node), uid, gid, dir_fd=self.root_fd, follow_symlinks=False)
+            fd, path, follow = self.at(node)
+            self.io.chown(path, uid, gid, dir_fd=fd, follow_symlinks=follow)
 
     def chmod(self, node: Node, mode: int) -> None:
         """Change the permission bits."""
         if node.fd >= 0:
             self.io.chmod(node.fd, stat.S_IMODE(mode))
         else:
-            self.io.chmod(self.path(node), stat.S_IMODE(mode), dir_fd=self.root_fd)
+            fd, path, _ = self.at(node)
+            self.io.chmod(path, stat.S_IMODE(mode), dir_fd=fd)
 
     def utime(self, node: Node, atime_ns: int, mtime_ns: int) -> None:
         """Set both times."""
         if node.fd >= 0:
             self.io.utime(node.fd, ns=(atime_ns, mtime_ns))
         else:
-            self.io.utime(self.path(node), ns=(atime_ns, mtime_ns), dir_fd=self.root_fd, follow_symlinks=False)
+            fd, path, follow = self.at(node)
+            self.io.utime(path, ns=(atime_ns, mtime_ns), dir_fd=fd, follow_symlinks=follow)
 
 
 def _error(code: int) -> OSError:

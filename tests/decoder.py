@@ -242,9 +242,7 @@ def unlock(document: bytes, key: bytes) -> Unlocked:
         else:
             raise WrongKey
         wrapping = hkdf(secret, b"encfs_js slot wrap v1")
-        keyring_key = unwrap(
-            slot["suite"], wrapping, slot["wrapped"], store_id + canonical(without(slot, "wrapped"))
-        )
+        keyring_key = unwrap(slot["suite"], wrapping, slot["wrapped"], store_id + canonical(without(slot, "wrapped")))
         mac_key = hkdf(keyring_key, b"encfs_js keyring mac v1")
         mac = hmac.digest(mac_key, canonical(without(keyring, "mac", "checksum")), "sha256")
         if not hmac.compare_digest(mac, base64.b64decode(keyring["mac"], validate=True)):

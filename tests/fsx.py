@@ -278,18 +278,11 @@ class Exerciser:
 
         def line(entry: tuple[int, str, int, int]) -> str:
             count, what, start, stop = entry
-            return f"  {count:7d} {what} {start} {stop}" + (
-                f" ({stop - start} bytes)" if stop > start else ""
-            )
+            return f"  {count:7d} {what} {start} {stop}" + (f" ({stop - start} bytes)" if stop > start else "")
 
         def touched(entry: tuple[int, str, int, int]) -> bool:
             _, what, _, stop = entry
-            return (
-                "write" in what
-                or "append" in what
-                or "copy" in what
-                or ("truncate" in what and stop <= (at or 0))
-            )
+            return "write" in what or "append" in what or "copy" in what or ("truncate" in what and stop <= (at or 0))
 
         lines = [f"{self.path} at operation {self.count}"]
         if at is not None:
@@ -351,9 +344,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("path")
     parser.add_argument("-N", type=int, default=10_000, metavar="OPERATIONS")
     parser.add_argument("-S", type=int, default=1, metavar="SEED")
-    parser.add_argument(
-        "-l", type=int, default=256 * 1024, metavar="LARGEST", help="largest size of the file"
-    )
+    parser.add_argument("-l", type=int, default=256 * 1024, metavar="LARGEST", help="largest size of the file")
     parser.add_argument("-o", type=int, default=64 * 1024, metavar="LENGTH", help="longest operation")
     parser.add_argument("-x", action="store_true", help="prefer the edges of pages")
     parser.add_argument("-R", action="store_true", help="no mapped reads")

@@ -138,14 +138,10 @@ def good(suite: int) -> Iterator[Vector]:
     head, name = header(suite), NAMES[suite]
     for size in (1, 4031, 4032, 4033, 8095, 8096):
         plain = text(size)
-        yield Vector(
-            f"{name}-{size}", f"{size} plain bytes", join(seal_all(head, plain)), "success", plain=plain
-        )
+        yield Vector(f"{name}-{size}", f"{size} plain bytes", join(seal_all(head, plain)), "success", plain=plain)
     plain = text(5000)
     other = header(suite, epoch=2)
-    yield Vector(
-        f"{name}-epoch-2", "the second volume key", join(seal_all(other, plain)), "success", plain=plain
-    )
+    yield Vector(f"{name}-epoch-2", "the second volume key", join(seal_all(other, plain)), "success", plain=plain)
     yield Vector(
         f"{name}-zeros",
         "a file that grew: sealed zeros",
@@ -154,9 +150,7 @@ def good(suite: int) -> Iterator[Vector]:
         plain=bytes(4100),
     )
     padded = seal(head, 0, plain[:100], padding=b"behind the length")
-    yield Vector(
-        f"{name}-behind-length", "what lies behind length is ignored", padded, "success", plain=plain[:100]
-    )
+    yield Vector(f"{name}-behind-length", "what lies behind length is ignored", padded, "success", plain=plain[:100])
     old, new = text(5000, "old"), text(5000, "new")
     mixed = join([seal_all(head, new, 1)[0], seal_all(head, old)[1]])
     yield Vector(
@@ -225,18 +219,10 @@ def bad_pages(suite: int) -> Iterator[Vector]:
         return refused(what, why, [full, seal(head, 1, plain[4032:], **wrong)], 1)
 
     part = len(plain) - 4032
-    yield second(
-        "bound-to-index-2", "page 1 is bound to index 2", bound=head + struct.pack("<QHH", 2, part, 0)
-    )
-    yield second(
-        "bound-to-other-header", "bound to another header", bound=other + struct.pack("<QHH", 1, part, 0)
-    )
-    yield second(
-        "bound-to-other-length", "bound to another length", bound=head + struct.pack("<QHH", 1, part + 1, 0)
-    )
-    yield second(
-        "big-endian", "a big-endian index", bound=head + struct.pack(">Q", 1) + struct.pack("<HH", part, 0)
-    )
+    yield second("bound-to-index-2", "page 1 is bound to index 2", bound=head + struct.pack("<QHH", 2, part, 0))
+    yield second("bound-to-other-header", "bound to another header", bound=other + struct.pack("<QHH", 1, part, 0))
+    yield second("bound-to-other-length", "bound to another length", bound=head + struct.pack("<QHH", 1, part + 1, 0))
+    yield second("big-endian", "a big-endian index", bound=head + struct.pack(">Q", 1) + struct.pack("<HH", part, 0))
     yield second("bound-to-nothing", "no associated data", bound=b"")
     yield second("volume-key", "sealed with the volume key itself", key=VOLUME_KEYS[1])
     yield second(
@@ -245,19 +231,11 @@ def bad_pages(suite: int) -> Iterator[Vector]:
         key=hkdf(VOLUME_KEYS[1], b"encfs_js file key v1", salt=ID),
     )
     yield second("sealed-zero-field", "the page's zero field, authentic with it", zero=1)
-    yield second(
-        "too-long-4065", "length beyond the capacity, authentic", length=4065, padding=text(4064 - part)
-    )
+    yield second("too-long-4065", "length beyond the capacity, authentic", length=4065, padding=text(4064 - part))
     yield second("too-long-65535", "the greatest length, authentic", length=65535)
-    yield refused(
-        "too-long-4033", "length beyond page 0's capacity", [seal(head, 0, text(4032), length=4033)], 0
-    )
-    yield refused(
-        "too-long-4064", "page 0 has less room than the others", [seal(head, 0, text(4032), length=4064)], 0
-    )
-    yield refused(
-        "epochs-mixed", "page 1 is of epoch 2", [full, seal(header(suite, epoch=2), 1, plain[4032:])], 1
-    )
+    yield refused("too-long-4033", "length beyond page 0's capacity", [seal(head, 0, text(4032), length=4033)], 0)
+    yield refused("too-long-4064", "page 0 has less room than the others", [seal(head, 0, text(4032), length=4064)], 0)
+    yield refused("epochs-mixed", "page 1 is of epoch 2", [full, seal(header(suite, epoch=2), 1, plain[4032:])], 1)
     yield refused("page-of-another", "page 1 of another file", [full, seal(other, 1, plain[4032:])], 1)
     for what, at in (
         ("nonce", 0),
@@ -296,14 +274,10 @@ def bad_files(suite: int) -> Iterator[Vector]:
     yield refused("zero-behind-end", "zeros behind the end mark", [a, seal(head, 1, b""), ZERO], 1)
     yield refused("after-end", "a page behind a short one", [a, seal(head, 1, plain[4032:5000]), c], 1)
     for size in (1, 8, 31, 32, 47, 48, 63, 64, 2048, 4095):
-        yield refused(
-            f"cut-0-{size}", f"page 0 is cut after {size} bytes", [seal(head, 0, plain[:50])[:size]], 0
-        )
+        yield refused(f"cut-0-{size}", f"page 0 is cut after {size} bytes", [seal(head, 0, plain[:50])[:size]], 0)
     for size in (1, 15, 16, 31, 32, 4095):
         yield refused(f"cut-1-{size}", f"page 1 is cut after {size} bytes", [a, b[:size]], 1)
-    yield refused(
-        "cut-behind-end", "a cut page behind a short one", [a, seal(head, 1, plain[4032:5000]), c[:9]], 1
-    )
+    yield refused("cut-behind-end", "a cut page behind a short one", [a, seal(head, 1, plain[4032:5000]), c[:9]], 1)
     yield refused("byte-more", "one byte behind the end", [seal(head, 0, plain[:50]), b"\0"], 0)
 
 
@@ -342,9 +316,7 @@ def unclean(suite: int) -> Iterator[Vector]:
     yield trimmed("zero-1", "(c) page 1 is zeros, page 0 gets an end mark", [a, ZERO, c], 1, 2, 4032)
     yield trimmed("zero-2", "(c) the last page is zeros", [a, b, ZERO], 2, 3, 8096)
     yield trimmed("short-zero", "(b) before (c)", [a, short_1, ZERO], 1, 2, 5000)
-    yield trimmed(
-        "zero-short", "(c) before (b)", [a, ZERO, seal(head, 2, b"x"), seal(head, 3, b"")], 1, 2, 4032
-    )
+    yield trimmed("zero-short", "(c) before (b)", [a, ZERO, seal(head, 2, b"x"), seal(head, 3, b"")], 1, 2, 4032)
     yield trimmed("cut-0", "(d) page 0 is cut", [a[:777]], 0, 0, 0)
     yield trimmed("cut-0-in-magic", "(d) page 0 is cut in its magic", [a[:5]], 0, 0, 0)
     yield trimmed("cut-1", "(d) page 1 is cut, page 0 gets an end mark", [a, b[:777]], 1, 2, 4032)

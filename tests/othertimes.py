@@ -75,9 +75,7 @@ class AfterCut(Shown):
         self._shown: dict[int, dict[str, int]] = {}
         for ino, number in numbers.items():
             fields = self._shown[ino] = {}
-            if (
-                often[inodes[number]] == 1
-            ):  # the number may have been given again when nothing had been synced
+            if often[inodes[number]] == 1:  # the number may have been given again when nothing had been synced
                 fields["st_ino"] = inodes[number]
             if (at := found.changed.get(number)) is not None:
                 fields["st_ctime_ns"] = BEGAN + (at if at >= base else -5 * DAY_NS)

@@ -648,9 +648,7 @@ class Pair:
         return left, right
 
     def _alike(self, left: Answer, right: Answer) -> bool:
-        if isinstance(left[1], dict) and isinstance(
-            right[1], dict
-        ):  # a stat: its times are compared as state
+        if isinstance(left[1], dict) and isinstance(right[1], dict):  # a stat: its times are compared as state
             return all(left[1].get(key) == right[1].get(key) for key in STATIC)
         return left == right
 
@@ -670,9 +668,7 @@ class Pair:
                 found.add((path, "exists", path in left, path in right))
                 continue
             one, two = left[path], right[path]
-            found.update(
-                (path, key, one.get(key), two.get(key)) for key in STATIC if one.get(key) != two.get(key)
-            )
+            found.update((path, key, one.get(key), two.get(key)) for key in STATIC if one.get(key) != two.get(key))
         found.update(self._moves(left, right))
         if self.times and not self.missed:
             self._compare_times(name, began, left, right)
@@ -914,9 +910,7 @@ def main(argv: list[str]) -> int:
         for seed in range(first, first + rounds):
             calls = random_calls(seed, count)
             stop = differs(pair, calls)
-            print(
-                f"seed {seed}: {'no difference' if stop is None else f'differs at call {stop}'}", flush=True
-            )
+            print(f"seed {seed}: {'no difference' if stop is None else f'differs at call {stop}'}", flush=True)
             if stop is not None:
                 shortest(pair, calls[:stop])
                 print("\n".join([*pair.differences, pair.story()]))

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from disk import Disk
 from othertimes import BEGAN, DAY_NS, AfterCut, QuietRecording
 from powercut import VOLUME_KEYS, Failure
-from promise import Promise
+from promise import World
 
 from encfs_js import redo
 from encfs_js.errors import IntegrityError
 from encfs_js.files import Files
+from encfs_js.format import MAGIC
 from encfs_js.guard import Guard
 from encfs_js.reserve import Reserve
 from encfs_js.sealed import FileKeys
@@ -51,7 +52,6 @@ class Opened(NamedTuple):
 
     tree: Tree
     files: Files
-    log: list[str]
 
     def node(self, path: bytes) -> Node:
         node = self.tree.root
@@ -92,7 +92,7 @@ class Settings(NamedTuple):
 def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator[Opened]:
     """Open a store as mount.py does when its state is `run`, and sweep it at once if the last stop was unclean."""
     tree = Tree(io, str(store), Guard(str(store)), give_to_caller=False)
-    log = redo.recover(io, tree.root_fd, tree.meta_fd, REDO_KEY)
+    redo.recover(io, tree.root_fd, tree.meta_fd, REDO_KEY)
     reserve = Reserve(io, tree.meta_fd)
     files = Files(
         tree,
@@ -108,7 +108,7 @@ def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator
         if run.windows:
             for _ in files.sweep():
                 pass
-        yield Opened(tree, files, log)
+        yield Opened(tree, files)
     finally:
         files.close_all()
         reserve.close()
@@ -123,34 +123,6 @@ class Step(NamedTuple):
     after: int
     begins: Callable[[World], None] | None
     ends: Callable[[World], None] | None = None
-
-
-class World:
-    """What the application may rely on, at one point of a recorded run."""
-
-    def __init__(self, files: dict[int, bytes]) -> None:
-        self.files: dict[int, Promise] = {}
-        # path -> what was ever put there whole and synced before, and how many of the first are out of date
-        self.puts: dict[bytes, list[bytes]] = {}
-        self.settled: dict[bytes, int] = {}
-        for number, content in files.items():
-            self.of(number).starts_as(content)
-
-    def of(self, number: int) -> Promise:
-        return self.files.setdefault(number, Promise())
-
-    def put(self, path: bytes, data: bytes, earlier: list[bytes]) -> None:
-        """Under that name lies the old or the new content, whole. earlier: what lay there before the first `put`."""
-        if path not in self.puts:
-            self.puts[path] = list(earlier)
-            if earlier:
-                self.settled[path] = 0
-        self.puts[path].append(data)
-
-    def forget(self, path: bytes) -> None:
-        """Something was put there that was not synced before: only the promises of the files themselves hold."""
-        self.puts.pop(path, None)
-        self.settled.pop(path, None)
 
 
 class Recorded(NamedTuple):
@@ -225,7 +197,7 @@ class App:
         self._opened.files.open(self._opened.node(path), write=True)
 
     def close(self, path: bytes) -> None:
-        self._opened.files.release(self._opened.node(path), cached_writer=True)
+        self._opened.files.release(self._opened.node(path), write=True, direct=False)
 
     def write(self, path: bytes, offset: int, data: bytes) -> None:
         before, number = self._now, self._number(path)
@@ -322,9 +294,7 @@ def record(
         before(App(store, earlier, first))
         contents = {path: first.read(path) for path in first.all_files()}
     backing = (io or QuietRecording)(store)
-    start = {
-        backing.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()
-    }
+    start = {backing.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()}
     with opened(store, settings, backing, State(clean=False, began=BEGAN, windows=())) as second:
         application = app(store, backing, second)
         then(application)
@@ -347,27 +317,31 @@ def judge(
     try:
         numbers = found.write_out(store)
         names = {path: number for path, number in found.paths() if number in found.files}
-        with opened(
-            store, recorded.settings, AfterCut(recorded.trace.base, found, numbers, inodes), CUT
-        ) as stack:
+        with opened(store, recorded.settings, AfterCut(recorded.trace.base, found, numbers, inodes), CUT) as stack:
             if any(b"orphan" in name for name in os.listdir(os.fsencode(store / ".encfs_js"))):
                 return "a redo file lost its target"
             return (
-                _wrong_files(stack, names, world)
-                or _wrong_names(stack, names, world)
-                or (also(stack) if also else "")
+                _wrong_files(stack, names, world) or _wrong_names(stack, names, world) or (also(stack) if also else "")
             )
     finally:
         shutil.rmtree(store)
 
 
-def _wrong_files(stack: Opened, names: dict[bytes, int], world: World) -> str:
+def _headless(path: bytes, names: dict[bytes, int], found: Found, world: World) -> bool:
+    """FORMAT.md 2.2: where plaintext may lie, a file whose first page never reached the disk is taken for some of it.
+
+    It is shown as it is then, which is allowed only where nothing was synced.
+    """
+    return not world.of(names[path]).least and not found.files[names[path]].startswith(MAGIC)
+
+
+def _wrong_files(stack: Opened, names: dict[bytes, int], headless: set[bytes], world: World) -> str:
     for path in stack.all_files():
         try:
             content = stack.read(path)
         except IntegrityError as error:
             return f"{path!r} cannot be read: {error}"
-        if finding := world.of(names[path]).wrong(content):
+        if path not in headless and (finding := world.of(names[path]).wrong(content)):
             return f"{path!r}: {finding}"
     expected = {path for path in names if not path.startswith(META + b"/")}
     return "" if set(stack.all_files()) == expected else "a name is missing"

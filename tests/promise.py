@@ -69,19 +69,21 @@ class Promise:
         del self._since[: since - self._dropped]
         self._dropped = since
         self._sizes = (
-            [len(self._synced), *self._sizes[sizes:]]
-            if not self._begun
-            else [len(self._synced), *self._sizes]
+            [len(self._synced), *self._sizes[sizes:]] if not self._begun else [len(self._synced), *self._sizes]
         )
 
     @staticmethod
     def _piece(content: bytes | bytearray, page: int) -> bytes:
         return bytes(content[start_of(page) : start_of(page + 1)])
 
+    @property
+    def least(self) -> int:
+        """How many bytes have to be there: those that were synced and not cut since."""
+        return min([len(self._synced), *self._sizes])
+
     def wrong(self, content: bytes) -> str:
         """What is wrong with the content, or an empty string."""
-        low = min([len(self._synced), *self._sizes])
-        high = max([len(self._synced), *self._sizes])
+        low, high = self.least, max([len(self._synced), *self._sizes])
         if len(content) < low:
             return f"{len(content)} bytes where {low} were synced and never cut"
         if len(content) > high:
@@ -94,3 +96,31 @@ class Promise:
             if piece != self._piece(self._synced, page) and piece not in known[page]:
                 return f"page {page} ({len(piece)} plain bytes) is as it never was since the last sync"
         return ""
+
+
+class World:
+    """What the application may rely on, at one point of a recorded run."""
+
+    def __init__(self, files: dict[int, bytes]) -> None:
+        self.files: dict[int, Promise] = {}
+        # path -> what was ever put there whole and synced before, and how many of the first are out of date
+        self.puts: dict[bytes, list[bytes]] = {}
+        self.settled: dict[bytes, int] = {}
+        for number, content in files.items():
+            self.of(number).starts_as(content)
+
+    def of(self, number: int) -> Promise:
+        return self.files.setdefault(number, Promise())
+
+    def put(self, path: bytes, data: bytes, earlier: list[bytes]) -> None:
+        """Under that name lies the old or the new content, whole. earlier: what lay there before the first `put`."""
+        if path not in self.puts:
+            self.puts[path] = list(earlier)
+            if earlier:
+                self.settled[path] = 0
+        self.puts[path].append(data)
+
+    def forget(self, path: bytes) -> None:
+        """Something was put there that was not synced before: only the promises of the files themselves hold."""
+        self.puts.pop(path, None)
+        self.settled.pop(path, None)

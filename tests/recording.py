@@ -97,14 +97,7 @@ class Sync:
     data: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A word of the test in between."""
-
-    text: str
-
-
-Op = Enter | Leave | Move | Write | Resize | Touch | SyncBegin | Sync | Mark
+Op = Enter | Leave | Move | Write | Resize | Touch | SyncBegin | Sync
 
 
 class Trace(NamedTuple):
@@ -130,9 +123,7 @@ class Recording(Backing):
         self._lock = threading.RLock()
         self._sink = -1
         if sink is not None:
-            self._sink = os.open(
-                sink, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
-            )
+            self._sink = os.open(sink, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._new(os.stat(self.root))
         self._snapshot(self.root, ROOT)
         self.base = len(self.ops)
@@ -154,20 +145,14 @@ class Recording(Backing):
         self._put(op)
         return len(self.ops) - 1
 
-    def mark(self, text: str) -> int:
-        with self._lock:
-            return self._note(Mark(text))
-
     def _new(self, found: os.stat_result) -> int:
         number = self.numbers[found.st_dev, found.st_ino] = self._next
         self._next += 1
         return number
 
-    def number(self, file: int | str | bytes, dir_fd: int | None = None) -> int:
+    def number(self, file: int | str | bytes, dir_fd: int | None = None, *, follow: bool = False) -> int:
         """The number of an open or a named file. A KeyError says that it was made behind this object's back."""
-        found = (
-            os.fstat(file) if isinstance(file, int) else os.stat(file, dir_fd=dir_fd, follow_symlinks=False)
-        )
+        found = os.fstat(file) if isinstance(file, int) else os.stat(file, dir_fd=dir_fd, follow_symlinks=follow)
         return self.numbers[found.st_dev, found.st_ino]
 
     def _there(self, path: str | bytes, dir_fd: int | None) -> int | None:
@@ -191,9 +176,7 @@ class Recording(Backing):
                 target = os.fsencode(os.readlink(entry.path)) if entry.is_symlink() else b""
                 known = self.numbers.get((found.st_dev, found.st_ino))
                 number = self._new(found) if known is None else known
-                self._note(
-                    Enter(directory, os.fsencode(entry.name), number, found.st_mode, found.st_ino, target)
-                )
+                self._note(Enter(directory, os.fsencode(entry.name), number, found.st_mode, found.st_ino, target))
                 if entry.is_dir(follow_symlinks=False):
                     self._snapshot(entry.path, number)
                 elif stat.S_ISREG(found.st_mode) and known is None and entry.name != RESERVE:
@@ -302,18 +285,18 @@ class Recording(Backing):
     def chmod(self, path, mode, *, dir_fd=None, follow_symlinks=True):
         with self._lock:
             os.chmod(path, mode, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
-            self._note(Touch(self.number(path, dir_fd)))
+            self._note(Touch(self.number(path, dir_fd, follow=follow_symlinks)))
 
     def chown(self, path, uid, gid, *, dir_fd=None, follow_symlinks=True):
         with self._lock:
             os.chown(path, uid, gid, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
-            self._note(Touch(self.number(path, dir_fd)))
+            self._note(Touch(self.number(path, dir_fd, follow=follow_symlinks)))
 
     def utime(self, path, times=None, *, ns=None, dir_fd=None, follow_symlinks=True):
         with self._lock:
             when = {"times": times} if ns is None else {"ns": ns}
             os.utime(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks, **when)
-            self._note(Touch(self.number(path, dir_fd)))
+            self._note(Touch(self.number(path, dir_fd, follow=follow_symlinks)))
 
 
 def load(sink: str | Path) -> Trace:

@@ -71,9 +71,7 @@ def crashes(draw: st.DrawFn) -> tuple[bytes, bytes, bytes]:
         old = synced[at : at + PAGE] or ZERO
         pages.append(draw(st.sampled_from([old, last[at : at + PAGE]])))
     disk = b"".join(pages)
-    kept = draw(
-        st.integers(len(synced), len(disk)) | st.integers(len(synced) // PAGE, len(pages)).map(PAGE.__mul__)
-    )
+    kept = draw(st.integers(len(synced), len(disk)) | st.integers(len(synced) // PAGE, len(pages)).map(PAGE.__mul__))
     return before, after, disk[:kept]
 
 

@@ -34,9 +34,7 @@ from encfs_js.format import (
 )
 
 SIZES = st.one_of(st.integers(0, MAX_PLAIN), st.integers(0, 20000), st.sampled_from(EDGES))
-HEADERS = st.builds(
-    Header, st.sampled_from(SUITES), st.integers(1, 2**32 - 1), st.binary(min_size=16, max_size=16)
-)
+HEADERS = st.builds(Header, st.sampled_from(SUITES), st.integers(1, 2**32 - 1), st.binary(min_size=16, max_size=16))
 PAGES = st.one_of(st.integers(0, 3), st.integers(0, MAX_PAGES - 1))
 RNG = Randomness()
 
@@ -108,10 +106,7 @@ def test_the_largest_file_has_the_most_pages_that_one_id_may_seal() -> None:
 @examples(100)
 def test_headers_are_those_of_the_text(header: Header) -> None:
     packed = header.pack()
-    assert (
-        packed
-        == b"ENCFSJS1" + bytes([header.suite, 0, 0, 0]) + header.epoch.to_bytes(4, "little") + header.file_id
-    )
+    assert packed == b"ENCFSJS1" + bytes([header.suite, 0, 0, 0]) + header.epoch.to_bytes(4, "little") + header.file_id
     assert Header.parse(packed) == header == Header.parse(packed + bytes(PAGE))
     info = b"encfs_js file key v1" + bytes([header.suite])
     assert file_key(VOLUME_KEYS[1], header) == decoder.hkdf(VOLUME_KEYS[1], info, salt=header.file_id)
@@ -161,9 +156,7 @@ def test_suites_have_the_names_that_nats_uses() -> None:
 @examples(100)
 def test_a_page_opens_at_its_index_only(data: st.DataObject, header: Header, page: int) -> None:
     cipher = FileCipher(VOLUME_KEYS[1], header)
-    length = data.draw(
-        st.integers(0, capacity(page)) | st.sampled_from([0, 1, capacity(page) - 1, capacity(page)])
-    )
+    length = data.draw(st.integers(0, capacity(page)) | st.sampled_from([0, 1, capacity(page) - 1, capacity(page)]))
     other = data.draw(st.integers(1, MAX_PAGES).filter(lambda index: index != page))
     plain = text(length)
     sealed = cipher.seal(page, plain, RNG(12))
@@ -197,9 +190,7 @@ def test_a_run_is_sealed_as_its_pages_are(suite: Suite, count: int, first: int, 
         raw = sealed[i * PAGE : (i + 1) * PAGE]
         assert raw == cipher.seal(page, plain, raw[skip : skip + 12]), f"page {page}"
     assert bytes(buffer.sealed[count * PAGE :]) == b"\xff" * PAGE
-    assert (
-        cipher.open_run(buffer, first, count, first + count - 1 + (last_length == len(padded))) == last_length
-    )
+    assert cipher.open_run(buffer, first, count, first + count - 1 + (last_length == len(padded))) == last_length
     opened = bytes(buffer.plain)[32 if first == 0 else 0 :]
     assert opened.startswith(b"".join(plains) + last)
 
@@ -263,9 +254,7 @@ def test_a_run_refuses_the_page_that_does_not_fit(suite: Suite, count: int) -> N
         (1, {"length": 4065}),
     ],
 )
-def test_an_authentic_page_that_breaks_the_format_is_refused(
-    suite: Suite, page: int, wrong: dict[str, int]
-) -> None:
+def test_an_authentic_page_that_breaks_the_format_is_refused(suite: Suite, page: int, wrong: dict[str, int]) -> None:
     """Whether it is looked at alone or opened in a run: the holder of the key may be a bad writer."""
     header = Header(suite, 1, make_vectors.ID)
     cipher = FileCipher(make_vectors.VOLUME_KEYS[1], header)
@@ -302,9 +291,7 @@ CHEAP = keyring.Kdf(iterations=1, lanes=1, memory_kib=8)
 
 
 def make_keyring(key: bytes, seed: int = 0, suite: Suite = Suite.AES, label: str = "") -> bytes:
-    return keyring.create(
-        key, cipher=suite, plaintext="refuse", label=label, random=Randomness(seed), kdf=CHEAP
-    )
+    return keyring.create(key, cipher=suite, plaintext="refuse", label=label, random=Randomness(seed), kdf=CHEAP)
 
 
 @given(
@@ -325,9 +312,7 @@ def test_the_decoder_opens_a_keyring(key: str, label: str, data: st.DataObject) 
     assert unlocked.store_id == keys.store_id
     assert unlocked.settings == {"cipher": suite.label, "plaintext": "refuse", "epoch": 1}
     assert unlocked.volume_keys == {1: keys.volume_key(1)}
-    assert keys.derive(b"encfs_js state mac v1") == decoder.hkdf(
-        unlocked.keyring_key, b"encfs_js state mac v1"
-    )
+    assert keys.derive(b"encfs_js state mac v1") == decoder.hkdf(unlocked.keyring_key, b"encfs_js state mac v1")
     with pytest.raises(decoder.WrongKey):
         decoder.unlock(document, secret + b"\n")
 
@@ -336,9 +321,7 @@ def outcome_of_package(document: bytes, key: bytes) -> str:
     try:
         keyring.unlock(keyring.parse(document), key)
     except EncfsError as error:
-        return {WrongKeyError: "wrong key", KeyringDamagedError: "damaged", VersionError: "version"}[
-            type(error)
-        ]
+        return {WrongKeyError: "wrong key", KeyringDamagedError: "damaged", VersionError: "version"}[type(error)]
     return "open"
 
 

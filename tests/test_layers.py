@@ -12,10 +12,10 @@ import encfs_js
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
     __init__ errors format backing mounts keydocument keyring keysource config sealed crash redo state guard reserve
-    tree files attributes fs session mount inspect verify
+    tree files pace fs session mount inspect verify
     cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_verify cli __main__
 """.split()  # noqa: SIM905
-FUSE = {"fs", "attributes", "session", "mount"}
+FUSE = {"fs", "pace", "session", "mount"}
 ONLY = {"pyfuse3": FUSE, "trio": FUSE, "click": {room for room in ROOMS if room.startswith("cli")}}
 PACKAGE = os.path.dirname(encfs_js.__file__)
 FOUND = sorted(name.removesuffix(".py") for name in os.listdir(PACKAGE) if name.endswith(".py"))
@@ -32,9 +32,7 @@ def imports(room: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "relative imports hide where they lead"
             rooms_of_package = node.module == "encfs_js"
-            found |= (
-                {f"encfs_js.{alias.name}" for alias in node.names} if rooms_of_package else {str(node.module)}
-            )
+            found |= {f"encfs_js.{alias.name}" for alias in node.names} if rooms_of_package else {str(node.module)}
     return found
 
 

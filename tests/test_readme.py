@@ -17,11 +17,11 @@ from encfs_js import errors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.M | re.S))
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL))
 
 
 def test_exit_codes_are_those_of_the_package() -> None:
-    listed = dict(re.findall(r"^\| (\d+) \| (.+) \|$", SECTIONS["Exit codes"], re.M))
+    listed = dict(re.findall(r"^\| (\d+) \| (.+) \|$", SECTIONS["Exit codes"], re.MULTILINE))
     known = {"0", "1", "2", "130"}
     assert known <= set(listed)
     for name, kind in inspect.getmembers(errors, inspect.isclass):
@@ -37,7 +37,7 @@ def test_exit_codes_are_those_of_the_package() -> None:
 @pytest.mark.parametrize(("name", "command"), all_commands())
 def test_every_command_and_option_is_mentioned(name: str, command: click.Command) -> None:
     if name.count(" ") and not isinstance(command, click.Group):
-        assert re.search(rf"^    {re.escape(name.removeprefix('encfs-js '))}\b", SECTIONS["Commands"], re.M)
+        assert re.search(rf"^    {re.escape(name.removeprefix('encfs-js '))}\b", SECTIONS["Commands"], re.MULTILINE)
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             for option in (*parameter.opts, *parameter.secondary_opts):
@@ -47,7 +47,7 @@ def test_every_command_and_option_is_mentioned(name: str, command: click.Command
 
 
 def fields(text: str) -> set[str]:
-    return set(re.findall(r"^ *\{?\"(\w+)\":", text, re.M))
+    return set(re.findall(r"^ *\{?\"(\w+)\":", text, re.MULTILINE))
 
 
 def test_every_json_field_is_described() -> None:
@@ -56,7 +56,9 @@ def test_every_json_field_is_described() -> None:
     shown: set[str] = set()
     for transcript in (ROOT / "tests" / "cli").glob("*.txt"):
         text = transcript.read_text(encoding="utf-8")
-        for output in re.findall(r"^\$ (?:JS_KEY=k )?encfs-js [^\n|]*--json\n(.*?)(?=^\$ |\Z)", text, re.M | re.S):
+        for output in re.findall(
+            r"^\$ (?:JS_KEY=k )?encfs-js [^\n|]*--json\n(.*?)(?=^\$ |\Z)", text, re.MULTILINE | re.DOTALL
+        ):
             shown |= fields(output)
     assert {"sound", "slots", "closed", "mounts", "cleared"} <= shown, "the transcripts show all five"
     assert shown - described <= {"iterations", "lanes", "memory_kib", "chachapoly", "aes", "1", "symlink"}
@@ -64,7 +66,9 @@ def test_every_json_field_is_described() -> None:
 
 def test_every_room_has_its_place_in_the_table() -> None:
     rooms = {name.removesuffix(".py") for name in os.listdir(ROOT / "encfs_js") if name.endswith(".py")}
-    listed = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Where things are"], re.M))))
+    listed = set(
+        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?) \|", SECTIONS["Where things are"], re.MULTILINE)))
+    )
     expected = {"cli" if room.startswith("cli") else room for room in rooms if not room.startswith("__")}
     assert listed - {"cli_"} == expected
 

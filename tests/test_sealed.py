@@ -120,9 +120,7 @@ def test_any_flip_is_found_at_its_page(size: int, suite: Suite, data: st.DataObj
 @examples(100)
 def test_pages_that_changed_places_are_found(size: int, suite: Suite, data: st.DataObject) -> None:
     pages = pages_of(seal(text(size), file_keys(suite)))
-    i, j = data.draw(
-        st.lists(st.integers(0, len(pages) - 1), min_size=2, max_size=2, unique=True).map(sorted)
-    )
+    i, j = data.draw(st.lists(st.integers(0, len(pages) - 1), min_size=2, max_size=2, unique=True).map(sorted))
     pages[i], pages[j] = pages[j], pages[i]
     if i:
         assert_only_damaged(b"".join(pages), [i, j])
@@ -232,9 +230,7 @@ def test_an_older_last_page_does_not_shorten_an_open_file() -> None:
 
 @given(st.integers(1, 20000) | near_edges.filter(bool), suites, st.data())
 @examples(150)
-def test_a_damaged_last_page_never_makes_the_file_shorter(
-    size: int, suite: Suite, data: st.DataObject
-) -> None:
+def test_a_damaged_last_page_never_makes_the_file_shorter(size: int, suite: Suite, data: st.DataObject) -> None:
     """Nobody reads to the end of what the file claims to hold without an error; the other pages read as ever."""
     plain = text(size)
     raw = seal(plain, file_keys(suite))
@@ -245,11 +241,7 @@ def test_a_damaged_last_page_never_makes_the_file_shorter(
         field, ((last + 1) * PAGE - 16 - start, (last + 1) * PAGE - start)
     )
     damaged = bytearray(raw)
-    changed = (
-        data.draw(st.binary(min_size=end - begin, max_size=end - begin))
-        if end - begin < 20
-        else os.urandom(4032)
-    )
+    changed = data.draw(st.binary(min_size=end - begin, max_size=end - begin)) if end - begin < 20 else os.urandom(4032)
     damaged[start + begin : start + end] = changed[: end - begin]
     if damaged == raw:
         return
@@ -609,9 +601,7 @@ def test_a_full_disk_leaves_a_sound_file(
     keys = file_keys(suite)
     raw = seal(old, keys)
     reach = max(0, pages_for(offset + length) * PAGE - len(raw))
-    room = len(raw) + data.draw(
-        st.integers(0, reach) | st.integers(0, reach // 1024).map(lambda blocks: blocks * 1024)
-    )
+    room = len(raw) + data.draw(st.integers(0, reach) | st.integers(0, reach // 1024).map(lambda blocks: blocks * 1024))
     with memory_file(raw) as fd:
         io = FullDisk(room)
         if has_id:  # the same with a file that has written before
@@ -619,16 +609,12 @@ def test_a_full_disk_leaves_a_sound_file(
         check_failed_write(io, fd, old, (offset, text(length, "new")), keys)
 
 
-faults = st.builds(
-    FailingDisk, st.integers(1, 4), st.sampled_from([errno.EIO, errno.ENOSPC]), st.integers(0, 5 * PAGE)
-)
+faults = st.builds(FailingDisk, st.integers(1, 4), st.sampled_from([errno.EIO, errno.ENOSPC]), st.integers(0, 5 * PAGE))
 
 
 @given(sizes, writes, suites, faults)
 @examples(200)
-def test_one_failed_call_leaves_a_sound_file(
-    size: int, write: tuple[int, int], suite: Suite, io: FailingDisk
-) -> None:
+def test_one_failed_call_leaves_a_sound_file(size: int, write: tuple[int, int], suite: Suite, io: FailingDisk) -> None:
     """One call fails, with any part of its bytes taken before; the next one works."""
     old, (offset, length) = text(size), write
     keys = file_keys(suite)
@@ -651,9 +637,7 @@ def test_short_writes_are_carried_on(size: int, write: tuple[int, int], suite: S
 
 @given(sizes, sizes, suites, faults)
 @examples(200)
-def test_a_truncation_that_fails_leaves_a_sound_file(
-    size: int, to: int, suite: Suite, io: FailingDisk
-) -> None:
+def test_a_truncation_that_fails_leaves_a_sound_file(size: int, to: int, suite: Suite, io: FailingDisk) -> None:
     """Shrinking or growing: no byte below both ends is lost, and the file is the open one's equal."""
     old = text(size)
     keys = file_keys(suite)

@@ -26,9 +26,7 @@ class Vector:
         with open(os.path.join(make_vectors.DIRECTORY, f"{name}.json"), encoding="ascii") as file:
             self.found = json.load(file)
         self.sealed = zlib.decompress(base64.b64decode(self.found["file"], validate=True))
-        self.volume_keys = {
-            int(epoch): bytes.fromhex(key) for epoch, key in self.found["volume_keys"].items()
-        }
+        self.volume_keys = {int(epoch): bytes.fromhex(key) for epoch, key in self.found["volume_keys"].items()}
 
     def file_keys(self) -> FileKeys:
         return FileKeys(self.volume_keys.__getitem__, Suite.AES, 1)
@@ -115,9 +113,6 @@ def test_the_package_seals_the_good_vectors_byte_for_byte(suite: Suite, size: in
     vector = Vector(f"{suite.label}-{size}")
     cipher = FileCipher(vector.volume_keys[1], Header(suite, 1, make_vectors.ID))
     plains = make_vectors.split(make_vectors.text(size))
-    sealed = [
-        cipher.seal(page, plain, make_vectors.nonce(cipher.packed, page, 0))
-        for page, plain in enumerate(plains)
-    ]
+    sealed = [cipher.seal(page, plain, make_vectors.nonce(cipher.packed, page, 0)) for page, plain in enumerate(plains)]
     assert b"".join(sealed) == vector.sealed
     assert len(vector.sealed) == len(plains) * PAGE

@@ -26,9 +26,7 @@ def arguments():
     parser.add_argument(
         "--backend", action="append", choices=backends.NAMES, metavar="NAME", help=", ".join(backends.NAMES)
     )
-    parser.add_argument(
-        "--load", action="append", choices=loads.LOADS, metavar="NAME", help=", ".join(loads.LOADS)
-    )
+    parser.add_argument("--load", action="append", choices=loads.LOADS, metavar="NAME", help=", ".join(loads.LOADS))
     parser.add_argument("--pairs", type=int, help="pairs of runs per load and backend (5)")
     parser.add_argument(
         "--directory",
@@ -36,16 +34,12 @@ def arguments():
         help="where the stores are made, on the file system to measure (the temporary directory)",
     )
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny loads and one pair: shows that everything works"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny loads and one pair: shows that everything works")
     parser.add_argument("--messages", type=int, help=f"messages of the jetstream load ({sizes.messages})")
     parser.add_argument("--payload", type=int, help=f"bytes of a message ({sizes.payload})")
     parser.add_argument("--window", type=int, help=f"chunks of 1,024 messages in flight ({sizes.window})")
     parser.add_argument("--headers", action="store_true", default=None, help="publish with a header (HPUB)")
-    parser.add_argument(
-        "--sync-messages", type=int, help=f"messages of the sync load ({sizes.sync_messages})"
-    )
+    parser.add_argument("--sync-messages", type=int, help=f"messages of the sync load ({sizes.sync_messages})")
     parser.add_argument("--file-mib", type=int, help=f"size of the large file ({sizes.file_mib})")
     parser.add_argument("--files", type=int, help=f"number of small files ({sizes.files})")
     parser.add_argument(
@@ -56,9 +50,7 @@ def arguments():
         help="for encfs-js mount: --mount-option=--no-writeback",
     )
     parser.add_argument("--profile", choices=KINDS, help="profile the daemon of sealed mounts")
-    parser.add_argument(
-        "--profile-directory", default="bench-profiles", help="where the profiles go (bench-profiles)"
-    )
+    parser.add_argument("--profile-directory", default="bench-profiles", help="where the profiles go (bench-profiles)")
     return parser.parse_args()
 
 

@@ -54,9 +54,7 @@ def create(name, root, *, mount_options=(), profiler=None):
         return Store(name, root, backing, backing)
     if name.startswith("server:"):
         jetstream = (f"cipher: {name.partition(':')[2]}", "key: $BENCH_KEY")
-        return Store(
-            name, root, backing, backing, jetstream=jetstream, environ={"BENCH_KEY": secrets.token_hex(16)}
-        )
+        return Store(name, root, backing, backing, jetstream=jetstream, environ={"BENCH_KEY": secrets.token_hex(16)})
     os.mkdir(directory)
     if name == "gocryptfs":
         password = os.path.join(root, "password")
@@ -66,9 +64,7 @@ def create(name, root, *, mount_options=(), profiler=None):
         command = ("gocryptfs", "-fg", "-q", "-passfile", password, backing, directory)
         return Store(name, root, backing, directory, command)
     environ = {"JS_KEY": secrets.token_hex(16)}
-    call(
-        sys.executable, "-m", "encfs_js", "init", backing, "--cipher", name.partition(":")[2], environ=environ
-    )
+    call(sys.executable, "-m", "encfs_js", "init", backing, "--cipher", name.partition(":")[2], environ=environ)
     command = (sys.executable, "-m", "encfs_js", "mount", backing, directory, "--foreground", *mount_options)
     return Store(name, root, backing, directory, command, environ=environ, profiler=profiler)
 

@@ -148,9 +148,7 @@ def sync(store, size):
             connection.subscribe(client.ACKS, 1)
             client.publish_one_by_one(connection, min(100, size.sync_messages), bodies, headers=size.headers)
             before = reading(nats.pid, daemon)
-            latencies = client.publish_one_by_one(
-                connection, size.sync_messages, bodies, headers=size.headers
-            )
+            latencies = client.publish_one_by_one(connection, size.sync_messages, bodies, headers=size.headers)
             cost = between(before, reading(nats.pid, daemon))
     figures = {
         "sync.p50": statistics.median(latencies),

@@ -152,9 +152,7 @@ def verdict(row):
 def costs(row):
     """Return the CPU seconds behind a figure."""
     cost = row["cost"]
-    parts = [
-        f"{part} {cost[part]:.2f} s" for part in ("server", "daemon", "client", "others") if cost.get(part)
-    ]
+    parts = [f"{part} {cost[part]:.2f} s" for part in ("server", "daemon", "client", "others") if cost.get(part)]
     text = f"cpu: {', '.join(parts) or 'none'} in {cost['wall']:.2f} s"
     if "idle" in cost:
         spare = cost["idle"] + cost["waiting"]

@@ -37,9 +37,7 @@ def executable():
 
 def version():
     """Return what `nats-server --version` says."""
-    return subprocess.run(
-        [executable(), "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run([executable(), "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @contextmanager
@@ -87,6 +85,4 @@ def stop(process, log):
     try:
         process.wait(STOP_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise RunError(
-            f"nats-server did not stop within {STOP_TIMEOUT:.0f} s of SIGTERM, see {log}"
-        ) from None
+        raise RunError(f"nats-server did not stop within {STOP_TIMEOUT:.0f} s of SIGTERM, see {log}") from None
