@@ -63,6 +63,7 @@ class Files:
         self._writeback = writeback
         self._writers: set[Node] = set()
         self._reported: set[tuple[int, int]] = set()
+        self._direct_reads = True
         self.trimmed = 0
         self.swept: State | None = None
 
@@ -141,7 +142,9 @@ class Files:
             if node.file is not None:
                 node.size = node.file.size
             self._io.close(node.fd)
-            node.fd, node.file, node.writable, node.opens = -1, None, False, 0
+            if node.direct_fd >= 0:
+                self._io.close(node.direct_fd)
+            node.fd, node.direct_fd, node.file, node.writable, node.opens = -1, -1, None, False, 0
             self._tree.drop_if_gone(node)
 
     def open(self, node: Node, *, write: bool) -> bool:
@@ -212,6 +215,15 @@ class Files:
         except DamagedPageError as exc:
             raise self.damaged(node, exc.page) from None
 
+    def direct_fd(self, node: Node) -> int:
+        """Return a descriptor of the node's backing file for direct reads, -1 where the file system has none."""
+        if node.direct_fd < 0 and self._direct_reads:
+            try:
+                node.direct_fd = self._tree.open(node, os.O_RDONLY | os.O_DIRECT)
+            except OSError:
+                self._direct_reads = False
+        return node.direct_fd
+
     def write(self, node: Node, offset: int, data: bytes, *, cached: bool) -> int:
         """Write, and return how much was taken. cached: the kernel has promised it already, so it is all or an error."""
         file = self._sealed(node)
@@ -269,8 +281,21 @@ class Files:
     def _sealed(self, node: Node) -> SealedFile:
         file = self.attach(node, write=True)
         if isinstance(file, PlainFile):
-            return self._rewrite(node)
+            file = self._rewrite(node)
+        elif file.size and not node.dated:
+            self._date(node)
+        node.dated = True
         return file
+
+    def _date(self, node: Node) -> None:
+        """Bring a ctime of this run to the disk before the first change of a file's pages in this run.
+
+        Pages reach the disk before their inode does (fsync itself writes them first). A crash in between would leave a
+        changed file with a ctime of long ago, to which the crash rule does not apply.
+        """
+        found = self._io.fstat(node.fd)
+        self._io.utime(node.fd, ns=(found.st_atime_ns, found.st_mtime_ns))
+        self._io.fsync(node.fd)
 
     def _rewrite(self, node: Node) -> SealedFile:
         """Seal the node's file anew, in place: a plain one before its first change, or one whose id is used up."""

@@ -26,8 +26,9 @@ import pyfuse3
 import trio
 
 from encfs_js.errors import IntegrityError
-from encfs_js.format import PAGE, page_of
-from encfs_js.pace import Pace, await_pages, fetch_ahead
+from encfs_js.format import PAGE, DamagedPageError, PageBuffer, page_of
+from encfs_js.pace import SEQUENTIAL, Pace, await_pages
+from encfs_js.sealed import RUN_PAGES, SealedFile
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -89,6 +90,7 @@ class Operations(pyfuse3.Operations):
         self._files = files
         self._writeback = writeback
         self._read_only = read_only
+        self._spare: list[PageBuffer] = []
         self._pace_of_syncs = Pace()
         self._pace_of_reads = Pace()
         self._listings: dict[int, list[tuple[int, bytes]]] = {}
@@ -301,7 +303,7 @@ class Operations(pyfuse3.Operations):
 
     @replies
     async def read(self, fh: int, off: int, size: int) -> memoryview:  # type: ignore[override]
-        """Return plain bytes. Pages that are not in memory are fetched by a thread first, so that nobody else waits."""
+        """Return plain bytes. What is not in memory is fetched so that nobody else has to wait for the disk."""
         node = self._tree.node(fh & _NODE)
         try:
             return self._files.read(node, off, size, os.RWF_NOWAIT)
@@ -311,14 +313,35 @@ class Operations(pyfuse3.Operations):
             if exc.errno != errno.EOPNOTSUPP:
                 raise
             return self._files.read(node, off, size)
-        await self._fetch(node.fd, off, size)
-        return self._files.read(node, off, size)
+        view = await self._read_direct(node, off, size) if size >= SEQUENTIAL else None
+        if view is None:
+            start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
+            self._tree.io.fadvise(node.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+            await self._pace_of_reads.run(await_pages, self._tree.io, node.fd, start, end)
+            view = self._files.read(node, off, size)
+        return view
 
-    async def _fetch(self, fd: int, off: int, size: int) -> None:
-        """Bring the pages that hold a plain range into memory."""
-        start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
-        fetch_ahead(self._tree.io, fd, start, end)
-        await self._pace_of_reads.run(await_pages, self._tree.io, fd, start, end)
+    async def _read_direct(self, node: Node, off: int, size: int) -> memoryview | None:
+        """Read a long cold range past the backing file's cache: the plain pages are about to be cached above us anyway.
+
+        None when that was not possible, or the file was changed meanwhile, or anything looks wrong: the caller then reads
+        the usual way, which decides. The view is valid until the next request, as every view here.
+        """
+        file, fd = node.file, self._files.direct_fd(node)
+        if fd < 0 or not isinstance(file, SealedFile):
+            return None
+        buffer = self._spare.pop() if self._spare else PageBuffer(RUN_PAGES)
+        try:
+            first, count = file.pages_of(off, size)
+            changes, want = file.changes, count * PAGE
+            got = await self._pace_of_reads.run(self._tree.io.preadv, fd, [buffer.sealed[:want]], first * PAGE)
+            if got != want or node.file is not file or file.changes != changes:
+                return None
+            return file.opened(buffer, off, size)
+        except (OSError, DamagedPageError):
+            return None
+        finally:
+            self._spare.append(buffer)
 
     @replies
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import hmac
 import os
+import stat
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -159,17 +160,40 @@ def _finish(io: Backing, redo: int, root_fd: int, mac_key: bytes) -> bytes | Non
     if magic != MAGIC or not hmac.compare_digest(head[_MAC_AT:], _mac(mac_key, bytes(head[:_MAC_AT]), digest.digest())):
         return None
     path = bytes(head[_HEAD.size : _HEAD.size + length])
-    try:
-        target = io.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
-    except FileNotFoundError:
-        return None
-    try:
-        if io.fstat(target).st_ino != ino:
+    if not _is_there(io, root_fd, path, ino):
+        # A rename of the file, or of a directory above it, had not reached the disk when the power went.
+        path = next(_named(io, root_fd, b"", ino), b"")
+        if not path:
             return None
+    target = io.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    try:
         _copy(io, redo, target, pages)
     finally:
         io.close(target)
     return path
+
+
+def _is_there(io: Backing, root_fd: int, path: bytes, ino: int) -> bool:
+    try:
+        return io.stat(path, dir_fd=root_fd, follow_symlinks=False).st_ino == ino
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _named(io: Backing, root_fd: int, directory: bytes, ino: int) -> Iterator[bytes]:
+    """Yield the paths below a directory under which the regular file of that inode number stands."""
+    fd = io.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd)
+    try:
+        names = io.listdir(fd)
+    finally:
+        io.close(fd)
+    for name in names:
+        path = directory + b"/" + name if directory else name
+        found = io.stat(path, dir_fd=root_fd, follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            yield from _named(io, root_fd, path, ino)
+        elif stat.S_ISREG(found.st_mode) and found.st_ino == ino:
+            yield path
 
 
 def _copy(io: Backing, redo: int, target: int, pages: int) -> None:

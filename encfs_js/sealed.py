@@ -78,10 +78,11 @@ class SealedFile:
 
     size: plain bytes. damage: None, or the index of the page that is reported when the end of the file is touched; then
     `size` is what the file claims, so that nobody takes it for shorter than it was.
+    changes: goes up with every change of the backing file.
     Methods raise DamagedPageError where a page does not authenticate, and OSError from the backing file.
     """
 
-    __slots__ = ("_cipher", "_fresh_id", "_io", "_keys", "_seals", "damage", "fd", "pages", "size")
+    __slots__ = ("_cipher", "_fresh_id", "_io", "_keys", "_seals", "changes", "damage", "fd", "pages", "size")
 
     def __init__(self, io: Backing, fd: int, keys: FileKeys) -> None:
         self._io = io
@@ -89,6 +90,7 @@ class SealedFile:
         self.fd = fd
         self._fresh_id = False
         self._seals = 0
+        self.changes = 0
         self.load()
 
     def load(self) -> None:
@@ -131,31 +133,43 @@ class SealedFile:
 
     # -- reading
 
+    def pages_of(self, offset: int, size: int) -> tuple[int, int]:
+        """Return (first page, how many) of a plain range, as far as the file goes. Raises DamagedPageError at a bad end."""
+        end = min(offset + size, self.size)
+        if offset >= end:
+            return 0, 0
+        first, last = (offset + HEADER) // ROW, (end - 1 + HEADER) // ROW
+        if self.damage is not None and (self._cipher is None or last >= self.pages - 1):
+            raise DamagedPageError(self.damage)
+        return first, last - first + 1
+
     def read(self, offset: int, size: int, flags: int = 0) -> memoryview:
         """Return up to `size` plain bytes (at most 1 MiB) from `offset`; fewer only at the end of the file.
 
         flags: for preadv2; with os.RWF_NOWAIT, BlockingIOError says that the pages are not in memory.
         The view is valid until the next call on any file of the store.
         """
-        end = min(offset + size, self.size)
-        if offset >= end:
-            return self._keys.buffer.plain[:0]
-        first, last = (offset + HEADER) // ROW, (end - 1 + HEADER) // ROW
-        if self.damage is not None and (self._cipher is None or last >= self.pages - 1):
-            raise DamagedPageError(self.damage)
-        assert self._cipher is not None
-        buffer, count = self._keys.buffer, last - first + 1
-        want = count * PAGE
-        got = self._io.preadv(self.fd, [buffer.sealed[:want]], first * PAGE, flags)
+        first, count = self.pages_of(offset, size)
+        buffer, want = self._keys.buffer, count * PAGE
+        got = self._io.preadv(self.fd, [buffer.sealed[:want]], first * PAGE, flags) if want else 0
         if got != want:
             if flags:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             raise DamagedPageError(first + got // PAGE)
+        return self.opened(buffer, offset, size)
+
+    def opened(self, buffer: PageBuffer, offset: int, size: int) -> memoryview:
+        """Return the plain range whose pages (see `pages_of`) lie in `buffer.sealed`."""
+        first, count = self.pages_of(offset, size)
+        if not count:
+            return buffer.plain[:0]
+        assert self._cipher is not None
+        last = first + count - 1
         length = self._cipher.open_run(buffer, first, count, self.pages - 1)
         if last == self.pages - 1 and length != self.size - plain_start(last):
             raise DamagedPageError(last)  # an older copy of this page was put back
         at = offset + HEADER - first * ROW
-        return buffer.plain[at : at + end - offset]
+        return buffer.plain[at : at + min(size, self.size - offset)]
 
     # -- writing
 
@@ -263,6 +277,7 @@ class SealedFile:
 
     def _put(self, first: int, count: int) -> tuple[int, OSError | None]:
         """Write the sealed run. Returns bytes written, and the error if that is not all of it."""
+        self.changes += 1
         view, at, done = self._keys.buffer.sealed[: count * PAGE], first * PAGE, 0
         try:
             while done < len(view):
@@ -289,6 +304,7 @@ class SealedFile:
 
     def _finish(self, view: memoryview, at: int) -> None:
         """Write pages that have their blocks. Once more after an error, because half of it is worth nothing."""
+        self.changes += 1
         for attempt in (1, 2):
             try:
                 while view:
@@ -313,6 +329,9 @@ class SealedFile:
         self.pages, self.size = tail + 1, plain_start(tail) + short
         self._seal(tail, [bytes(plains[-1][:short]) + b"\0"], short)
         self._finish(self._keys.buffer.sealed[:PAGE], tail * PAGE)
+        if tail == 0:
+            # As in truncate: page 0 has been full under this id, and the next write may take a new one.
+            self._io.fdatasync(self.fd)
         return min(end, self.size)
 
     # -- truncating and syncing

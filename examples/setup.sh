@@ -20,8 +20,8 @@ install_packages() {
         as_root=(sudo)
     fi
     printf 'Installing Debian packages: %s\n' "${missing[*]}" >&2
-    "${as_root[@]}" apt-get update -q >&2 || refuse 'apt-get update failed'
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}" >&2 ||
+    "${as_root[@]}" apt-get update -qq >&2 || refuse 'apt-get update failed'
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -o Dpkg::Use-Pty=0 --no-install-recommends "${missing[@]}" >&2 ||
         refuse "apt-get install ${missing[*]} failed"
 }
 

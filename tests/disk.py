@@ -45,7 +45,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from diskfile import File
+from diskfile import ALL_BUT_ONE, ONE_ALONE, File
 from recording import ROOT, Enter, Leave, Move, Resize, Sync, SyncBegin, Touch, Write
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 
     from recording import Op, Trace
 
-LOTTERY = (0.0, 0.1, 0.5, 0.9, 1.0)  # how many pages of a state have seen the latest write
+# How many pages of a state have seen the latest write; or all but one have, or one alone has.
+LOTTERY = (0.0, 0.1, 0.5, 0.9, 1.0, ALL_BUT_ONE, ONE_ALONE)
 
 
 @dataclass(slots=True)
@@ -202,7 +203,9 @@ class Disk:
         names = {directory: dict(entries) for directory, entries in self._names.items()}
         state = State(names, self.modes, self.targets)
         self._draw_names(state, rng, journal)
-        reachable = sorted({number for _, number in state.paths() if number in self.files}) if only is None else only
+        reachable = (
+            sorted({number for _, number in state.paths() if number in self.files}) if only is None else only
+        )
         for number in reachable:
             file = self.files[number]
             if journal is not None:
@@ -221,7 +224,9 @@ class Disk:
             places = touched(op)
             for place in places:
                 if place not in ends:
-                    ends[place] = rng.choice((0, self.at, rng.randint(0, self.at))) if journal is None else journal
+                    ends[place] = (
+                        rng.choice((0, self.at, rng.randint(0, self.at))) if journal is None else journal
+                    )
             if stopped & places or any(at > ends[place] for place in places):
                 stopped |= places
                 state.story.append(f"not on the disk: {op}")

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 ZEROS = bytes(PAGE)
+ALL_BUT_ONE = 2.0
+ONE_ALONE = -1.0
 
 
 class Life:
@@ -149,16 +151,30 @@ class File:
         return number
 
     def crash(self, event: int, rng: Random, lottery: float) -> tuple[bytes, str]:
-        """Draw what is found in a file whose inode is as after `event`; and in words, which version each page has."""
+        """Draw what is found in a file whose inode is as after `event`; and in words, which version each page has.
+
+        lottery: the share of pages that have seen their latest write, the others being drawn; ALL_BUT_ONE or ONE_ALONE.
+        """
         size = self.event(event).size
+        lives = [
+            next(life for life in self.pages[page] if life.exists(event)).versions
+            for page in range(-(-size // PAGE))
+        ]
+        several = [page for page, versions in enumerate(lives) if len(versions) > 1]
+        odd = rng.choice(several) if several else None
         pages, words = [], []
-        for page in range(-(-size // PAGE)):
-            versions = next(life for life in self.pages[page] if life.exists(event)).versions
-            which = len(versions) - 1
-            if which:
-                if rng.random() >= lottery:
-                    which = rng.randrange(len(versions))
-                words.append(f"page {page}: {which} of 0..{len(versions) - 1}")
+        for page, versions in enumerate(lives):
+            which = last = len(versions) - 1
+            if last:
+                if lottery == ALL_BUT_ONE:
+                    which = rng.randrange(last) if page == odd else last
+                elif lottery == ONE_ALONE:
+                    which = rng.randint(1, last) if page == odd else 0
+                elif rng.random() >= lottery:
+                    which = rng.randint(0, last)
+                words.append(f"page {page}: {which} of 0..{last}")
             pages.append(versions[which])
-        story = f"inode {event} of {self.floor}..{self.now}, {size} bytes" + "".join(f", {word}" for word in words)
+        story = f"inode {event} of {self.floor}..{self.now}, {size} bytes" + "".join(
+            f", {word}" for word in words
+        )
         return b"".join(pages)[:size], story

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DAY_NS = 86_400 * 10**9
 BEGAN = 20 * DAY_NS  # when the run that is cut began; files that it has not touched are days older
+FAR = 1 << 40
 STAT_FIELDS = [name for name in dir(os.stat_result) if name.startswith("st_")]
 
 
@@ -67,21 +68,23 @@ class QuietRecording(Recording, Shown):
 
 class AfterCut(Shown):
     """The backing of a store that is opened after a power cut: its files have the ctimes that the disk would show, and
-    the inode numbers that they had when they were recorded.
+    the inode numbers that they had when they were recorded. Whatever else there is has numbers far from those.
     """
 
     def __init__(self, base: int, found: Found, numbers: dict[int, int], inodes: dict[int, int]) -> None:
         often = Counter(inodes[number] for number in numbers.values())
         self._shown: dict[int, dict[str, int]] = {}
         for ino, number in numbers.items():
-            fields = self._shown[ino] = {}
-            if often[inodes[number]] == 1:  # the number may have been given again when nothing had been synced
-                fields["st_ino"] = inodes[number]
+            fields = self._shown[ino] = {"st_ino": inodes[number]}
+            if (
+                often[inodes[number]] > 1
+            ):  # of two files one got the number of the other, whose end was not on the disk
+                fields["st_ino"] = FAR + ino
             if (at := found.changed.get(number)) is not None:
                 fields["st_ctime_ns"] = BEGAN + (at if at >= base else -5 * DAY_NS)
 
     def shown(self, found):
-        return self._shown.get(found.st_ino, {})
+        return self._shown.get(found.st_ino) or {"st_ino": FAR + found.st_ino}
 
     def fsync(self, fd):
         pass

@@ -248,7 +248,7 @@ def test_unprivileged_user(nobodys_home: Path) -> None:
         f"--basetemp={nobodys_home}/tests",
         this,
     ]
-    namespace = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+    namespace = ["unshare", "--mount", "--propagation", "slave", "sh", "-c"]
     inside = 'mount --bind "$0" /dev/fuse && exec "$@"'
     child = subprocess.Popen(
         [*namespace, inside, str(device), *mounts.command_as_user(mounts.NOBODY), *again],

@@ -1389,7 +1389,7 @@ def test_documented_fallocate_is_not_supported(both: Pair, pair: Pair) -> None:
         assert answer == ("error", errno.errorcode[errno.EOPNOTSUPP])
 
 
-def test_documented_truncate_by_path_to_the_same_size_moves_no_times(both: Pair, pair: Pair) -> None:
+def test_documented_truncate_by_path_to_the_same_size_is_no_change(both: Pair, pair: Pair) -> None:
     """With the writeback cache the kernel keeps a file's times itself, and sees no change here."""
     both.put("f", 1, 100)
     for worker, moves in zip(roots(pair), (True, False), strict=True):

@@ -6,10 +6,12 @@ import inspect
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import click
+import mounts
 import pytest
 from test_cli import all_commands
 
@@ -17,6 +19,7 @@ from encfs_js import errors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = ROOT / "pyproject.toml"
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL))
 
 
@@ -90,3 +93,75 @@ def test_the_unit_is_one_that_systemd_understands() -> None:
     unit = ROOT / "systemd" / "encfs-js@.service"
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def why_no_quickstart() -> str:
+    """Why quickstart.sh would change something here, or cannot run; or an empty string."""
+    stamp = ROOT / ".venv" / ".set-up"
+    if not stamp.exists() or stamp.read_text().strip() != str(ROOT) or stamp.stat().st_mtime < PROJECT.stat().st_mtime:
+        return "it would set up .venv first: run the tests with tests/run.sh, which has done so"
+    return mounts.needs_fuse()
+
+
+sets_nothing_up = pytest.mark.skipif(bool(why_no_quickstart()), reason=why_no_quickstart() or "-")
+
+
+def start_quickstart(scratch: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", ROOT / "examples" / "quickstart.sh"],
+        env={**mounts.environment(None), "TMPDIR": str(scratch)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def nothing_left(scratch: Path) -> None:
+    assert os.listdir(scratch) == []
+    assert not [entry for entry in mounts.mount_entries() if entry.mountpoint.startswith(str(scratch))]
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = Path("/proc", pid, "cmdline").read_bytes()
+        except OSError:
+            continue
+        assert os.fsencode(scratch) not in command, command
+
+
+@pytest.mark.mount
+@pytest.mark.nats
+@sets_nothing_up
+def test_quickstart(tmp_path: Path) -> None:
+    process = start_quickstart(tmp_path)
+    try:
+        out, _ = process.communicate(timeout=3 * mounts.PATIENCE)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, out
+    assert "and 0 times in the files of the store" in out
+    nothing_left(tmp_path)
+
+
+@pytest.mark.mount
+@pytest.mark.nats
+@sets_nothing_up
+@pytest.mark.parametrize("sign", ["$ encfs-js init", "$ encfs-js mount", "Published", "Replayed"])
+def test_quickstart_cleans_up_after_ctrl_c(tmp_path: Path, sign: str) -> None:
+    process = start_quickstart(tmp_path)
+    try:
+        assert process.stdout is not None
+        seen = ""
+        for line in process.stdout:
+            seen += line
+            if line.startswith(sign):
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        seen += process.stdout.read()
+        assert process.wait(mounts.PATIENCE) == 130, seen
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+    nothing_left(tmp_path)

@@ -6,10 +6,13 @@ import errno
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import decoder
+import mounts
+import nats_world as world
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +27,7 @@ from encfs_js.sealed import RUN_PAGES, FileKeys, SealedFile
 from encfs_js.verify import Damage, Report, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 CHEAP = keyring.Kdf(iterations=1, lanes=1, memory_kib=8)
@@ -350,6 +353,33 @@ def test_writers_are_never_taken_for_damage(store: Store) -> None:
             writer.join()
     assert min(rounds) > 0
     assert store.verify().damage == []
+
+
+@pytest.mark.mount
+@pytest.mark.nats
+@pytest.mark.skipif(bool(mounts.needs_fuse()), reason=mounts.needs_fuse() or "-")
+@pytest.mark.skipif(bool(world.needs_server()), reason=world.needs_server() or "-")
+@pytest.mark.parametrize("sync", [None, "always"])
+def test_a_store_under_a_busy_nats_server_is_sound(tmp_path: Path, sync: str | None) -> None:
+    store, mountpoint = tmp_path / "store", tmp_path / "mnt"
+    mounts.init(store, cipher="aes")
+    with mounts.mounted(store, mountpoint), world.serving(mountpoint, tmp_path / "work", sync=sync) as server:
+        world.add_stream(server, "BUSY", "BUSY.>", max_bytes=3_000_000)
+        stop = threading.Event()
+
+        def endless() -> Iterator[world.Message]:
+            while not stop.is_set():
+                yield from world.sample("BUSY", 50)
+
+        with ThreadPoolExecutor(1) as pool:
+            publisher = pool.submit(world.publish, server, endless(), 64)
+            try:
+                pages = [mounts.verify(store)["pages"] for _ in range(10)]
+            finally:
+                stop.set()
+            assert len(publisher.result()) > 0
+    assert max(pages) > 0
+    mounts.verify(store)
 
 
 # --- what a crash and a failing disk leave ------------------------------------------------------------------------
