@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from encfs_js import crash, redo
 from encfs_js.errors import IntegrityError
 from encfs_js.format import MAGIC, DamagedPageError
-from encfs_js.guard import subject
+from encfs_js.guard import protected_directory, subject
 from encfs_js.redo import PlainFile
 from encfs_js.reserve import SLACK, still_to_come
 from encfs_js.sealed import SealedFile
@@ -173,6 +173,15 @@ class Files:
         sizes = [self._io.fstat(other.fd).st_size for other in {*self._writers, node}]
         return free > sum(still_to_come(size) for size in sizes)
 
+    def _leave_room(self, node: Node, growth: int) -> None:
+        """Refuse a direct write of `growth` more bytes that would take room promised to files written through the cache."""
+        others = self._writers - {node}
+        if growth <= 0 or self._reserve is None or not others:
+            return
+        promised = sum(still_to_come(self._io.fstat(other.fd).st_size) for other in others)
+        if self._reserve.available() < promised + growth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def release(self, node: Node, *, write: bool, direct: bool) -> None:
         """Count one handle less: one that was opened so."""
         node.opens -= 1
@@ -188,6 +197,7 @@ class Files:
         """Take the reserve back when there is room again."""
         if self._reserve is not None:
             self._reserve.refill()
+        self.save_guard()
 
     def close_all(self) -> None:
         """Close every backing file, at the end of a mount."""
@@ -227,10 +237,17 @@ class Files:
     def write(self, node: Node, offset: int, data: bytes, *, cached: bool) -> int:
         """Write, and return how much was taken. cached: the kernel has promised it already, so it is all or an error."""
         file = self._sealed(node)
+        if self._writeback and not cached:
+            self._leave_room(node, offset + len(data) - file.size)
         try:
             done = self._write(file, offset, data, cached=cached)
         except DamagedPageError as exc:
             raise self.damaged(node, exc.page) from None
+        except OSError as exc:
+            if cached:
+                name = os.fsdecode(self._tree.path(node)) if node.names else "(deleted)"
+                log.error("%s: %d bytes at %d, already accepted, are lost: %s", name, len(data), offset, exc.strerror)
+            raise
         if file.wants_new_id:
             self._rewrite(node)
         return done
@@ -312,16 +329,25 @@ class Files:
         path = self._tree.path(node) if node.names else b"(deleted)"
         if (node.ino, page) not in self._reported:
             self._reported.add((node.ino, page))
-            directory = b""
-            if node.names and self._reserve is not None:
-                directory = self._tree.guard.close(path, page, self._now())
+            directory = protected_directory(path)
             log.error(
                 "%s page %d does not authenticate (%s); the guard is closed: nothing below %s can be removed, renamed or cut"
                 " until the file is restored from a backup, or given up, and the guard cleared"
                 " (encfs-js guard clear STORE %s)",
                 os.fsdecode(path), page, subject(directory), os.fsdecode(directory), os.fsdecode(directory),
             )  # fmt: skip
+            if node.names and self._reserve is not None:
+                self._tree.guard.close(path, page, self._now())
+                self.save_guard()
         return IntegrityError(path, page)
+
+    def save_guard(self) -> None:
+        """Write down guards that were closed; what does not work is tried again by the housekeeping."""
+        if self._reserve is not None:
+            try:
+                self._tree.guard.save(self._reserve.make_room_for)
+            except OSError as exc:
+                log.warning("the guard holds, but could not be written down yet: %s", exc.strerror)
 
     def _trim(self, node: Node) -> None:
         sizes = crash.trim(self._io, node.fd, self._keys, plaintext=self._plaintext)

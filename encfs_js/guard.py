@@ -19,6 +19,7 @@ from encfs_js.backing import META, replace_file
 from encfs_js.errors import NotAStoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
 _NAME: Final = "guard"
@@ -98,6 +99,7 @@ class Guard:
     def __init__(self, store: str) -> None:
         self._store = store
         self._path = os.path.join(store, META, _NAME)
+        self._unsaved = False
         self._seen = self._stamp()
         self.closed = {c.directory: c for c in read(store)}
 
@@ -128,11 +130,16 @@ class Guard:
             ):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fsdecode(path))
 
-    def close(self, path: bytes, page: int, now: datetime) -> bytes:
-        """Close the guard over `path`, because of `page`. Returns the directory that is protected now."""
+    def close(self, path: bytes, page: int, now: datetime) -> None:
+        """Close the guard over `path`, because of `page`. It holds at once; `save` makes it outlast the mount."""
         directory = protected_directory(path)
         if directory not in self.closed:
             self.closed[directory] = Closed(directory, path, page, now.isoformat(timespec="seconds"))
-            write(self._store, list(self.closed.values()))
+            self._unsaved = True
+
+    def save(self, make_room_for: Callable[[Callable[[], None]], None]) -> None:
+        """Write what `close` changed, if anything, with `make_room_for` (reserve.py). Raises OSError; then call it again."""
+        if self._unsaved:
+            make_room_for(lambda: write(self._store, list(self.closed.values())))
+            self._unsaved = False
             self._seen = self._stamp()
-        return directory

@@ -195,10 +195,10 @@ def _serve(options: Options, keys: Keys, ready: int | None) -> int:
     run = state.load(options.store, keys)
     reserve = None
     if not options.read_only:
-        run = state.begin(options.store, keys, time.time_ns())
+        reserve = Reserve(io, tree.meta_fd)
+        run = reserve.make_room_for(lambda: state.begin(options.store, keys, time.time_ns()))
         for line in redo.recover(io, tree.root_fd, tree.meta_fd, redo_key):
             log.warning("%s", line)
-        reserve = Reserve(io, tree.meta_fd)
     files = Files(
         tree, file_keys, run, redo_key, reserve, _now,
         plaintext=keys.settings.plaintext == "read", writeback=options.writeback,
@@ -231,7 +231,7 @@ def _serve(options: Options, keys: Keys, ready: int | None) -> int:
     if reserve is not None:
         _syncfs(tree.root_fd)
         last = files.swept or run
-        state.save(options.store, keys, replace(last, clean=True))
+        reserve.make_room_for(lambda: state.save(options.store, keys, replace(last, clean=True)))
     os.close(held)
     log.info("%s unmounted", options.mountpoint)
     return 0

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from encfs_js.backing import Backing
 
 GROWTH: Final = 8 << 20
 SLACK: Final = 4 << 20
 _LEAST: Final = 1 << 20
 _MOST: Final = 64 << 20
+_PIECE: Final = 64 << 10
+
+T = TypeVar("T")
 
 
 def still_to_come(sealed_size: int) -> int:
@@ -63,6 +68,17 @@ class Reserve:
         if held:
             self._io.ftruncate(self._fd, 0)
         return held
+
+    def make_room_for(self, action: Callable[[], T]) -> T:
+        """Do what writes a file of our own; on a full disk once more, with a piece of the reserve."""
+        try:
+            return action()
+        except OSError as exc:
+            size = self._io.fstat(self._fd).st_size
+            if exc.errno not in {errno.ENOSPC, errno.EDQUOT} or not size:
+                raise
+            self._io.ftruncate(self._fd, max(0, size - _PIECE))
+        return action()
 
     def close(self) -> None:
         """Close the file; the space stays taken."""

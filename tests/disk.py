@@ -203,9 +203,7 @@ class Disk:
         names = {directory: dict(entries) for directory, entries in self._names.items()}
         state = State(names, self.modes, self.targets)
         self._draw_names(state, rng, journal)
-        reachable = (
-            sorted({number for _, number in state.paths() if number in self.files}) if only is None else only
-        )
+        reachable = sorted({number for _, number in state.paths() if number in self.files}) if only is None else only
         for number in reachable:
             file = self.files[number]
             if journal is not None:
@@ -224,9 +222,7 @@ class Disk:
             places = touched(op)
             for place in places:
                 if place not in ends:
-                    ends[place] = (
-                        rng.choice((0, self.at, rng.randint(0, self.at))) if journal is None else journal
-                    )
+                    ends[place] = rng.choice((0, self.at, rng.randint(0, self.at))) if journal is None else journal
             if stopped & places or any(at > ends[place] for place in places):
                 stopped |= places
                 state.story.append(f"not on the disk: {op}")

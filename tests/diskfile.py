@@ -157,8 +157,7 @@ class File:
         """
         size = self.event(event).size
         lives = [
-            next(life for life in self.pages[page] if life.exists(event)).versions
-            for page in range(-(-size // PAGE))
+            next(life for life in self.pages[page] if life.exists(event)).versions for page in range(-(-size // PAGE))
         ]
         several = [page for page, versions in enumerate(lives) if len(versions) > 1]
         odd = rng.choice(several) if several else None
@@ -174,7 +173,5 @@ class File:
                     which = rng.randint(0, last)
                 words.append(f"page {page}: {which} of 0..{last}")
             pages.append(versions[which])
-        story = f"inode {event} of {self.floor}..{self.now}, {size} bytes" + "".join(
-            f", {word}" for word in words
-        )
+        story = f"inode {event} of {self.floor}..{self.now}, {size} bytes" + "".join(f", {word}" for word in words)
         return b"".join(pages)[:size], story

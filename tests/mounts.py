@@ -29,9 +29,7 @@ COMMAND = [sys.executable, "-m", "encfs_js"]
 FSTYPE = "fuse.encfs_js"
 MAGIC = b"ENCFSJS1"
 SUITES = {1: "chachapoly", 2: "aes"}
-PATIENCE = (
-    60.0  # seconds after which something is called hung; no test is decided by how much sooner it happens
-)
+PATIENCE = 60.0  # seconds after which something is called hung; no test is decided by how much sooner it happens
 NOBODY = 65534
 COMPLAINT = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^Traceback ")
 
@@ -60,9 +58,7 @@ def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -
 
 
 def environment(key: str | None) -> dict[str, str]:
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("JS_KEY", "CREDENTIALS_DIRECTORY")
-    }
+    env = {name: value for name, value in os.environ.items() if name not in ("JS_KEY", "CREDENTIALS_DIRECTORY")}
     if key is not None:
         env["JS_KEY"] = key
     return env
@@ -123,9 +119,7 @@ def mount_entries() -> list[MountEntry]:
         for line in lines:
             left, right = line.rstrip("\n").split(" - ", 1)
             fields, kind = left.split(" "), right.split(" ")
-            entries.append(
-                MountEntry(int(fields[2].split(":")[1]), unescape(fields[4]), kind[0], unescape(kind[1]))
-            )
+            entries.append(MountEntry(int(fields[2].split(":")[1]), unescape(fields[4]), kind[0], unescape(kind[1])))
     return entries
 
 
@@ -225,9 +219,7 @@ class Mount:
         """Fail on a complaint that was neither expected nor tolerated, and on an expected one that never came."""
         lines, known = self.complaints(), self.expected + self.tolerated
         surprises = [line for line in lines if not any(re.search(p, line) for p in known)]
-        assert not surprises, (
-            "the daemon's log has unexpected lines:\n" + "\n".join(surprises) + "\n\n" + self.log()
-        )
+        assert not surprises, "the daemon's log has unexpected lines:\n" + "\n".join(surprises) + "\n\n" + self.log()
         missing = [p for p in self.expected if not any(re.search(p, line) for line in lines)]
         assert not missing, f"the daemon's log never said {missing}:\n{self.log()}"
 
@@ -249,16 +241,12 @@ class Mount:
         """Unmount through the command line; the daemon has to end by itself, with exit code 0."""
         run("umount", self.path, key=key)
         assert entry_at(self.path) is None, f"still mounted after umount:\n{self.log()}"
-        assert self.process.wait(PATIENCE) == 0, (
-            f"the daemon ended with {self.process.returncode}:\n{self.log()}"
-        )
+        assert self.process.wait(PATIENCE) == 0, f"the daemon ended with {self.process.returncode}:\n{self.log()}"
 
     def terminate(self) -> None:
         """Stop the daemon by SIGTERM, as systemd does; it has to unmount and end with exit code 0."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(PATIENCE) == 0, (
-            f"the daemon ended with {self.process.returncode}:\n{self.log()}"
-        )
+        assert self.process.wait(PATIENCE) == 0, f"the daemon ended with {self.process.returncode}:\n{self.log()}"
         assert entry_at(self.path) is None, f"still mounted after SIGTERM:\n{self.log()}"
 
     def destroy(self) -> None:

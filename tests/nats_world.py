@@ -126,9 +126,7 @@ class Server:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"nats-server did not end on SIGTERM:\n{self.log()}") from None
-        assert self.process.returncode in (0, 1), (
-            f"nats-server ended with {self.process.returncode}:\n{self.log()}"
-        )
+        assert self.process.returncode in (0, 1), f"nats-server ended with {self.process.returncode}:\n{self.log()}"
         self.process = None
 
     def kill(self) -> None:
@@ -226,11 +224,7 @@ def sample(
     found = []
     for i in range(count):
         length = i * 7919 % (size + 1)
-        body = (
-            (f"{tag} order {i}, ".encode() * (length // 10 + 1))[:length]
-            if text
-            else noise(f"{tag}{i}", length)
-        )
+        body = (f"{tag} order {i}, ".encode() * (length // 10 + 1))[:length] if text else noise(f"{tag}{i}", length)
         headers = {"Kind": f"{tag}-{i % 7}", "Trace": marker.decode() + "-" * (i % 50)} if i % 5 else None
         found.append(Message(f"{subject}.{i % 17}", body + marker, headers))
     return found
@@ -387,9 +381,7 @@ def flood(
             message = flood_message(name, i, size)
             await connection.publish(message.subject, message.payload, f"{inbox}.{i}", message.headers)
             i += 1
-        await asyncio.sleep(
-            0.5
-        )  # an ack that is still on its way makes the test stricter, nothing depends on it
+        await asyncio.sleep(0.5)  # an ack that is still on its way makes the test stricter, nothing depends on it
         await subscription.unsubscribe()
 
     async def all_of_them(connection: Client, _: JetStreamContext) -> None:

@@ -76,9 +76,7 @@ class AfterCut(Shown):
         self._shown: dict[int, dict[str, int]] = {}
         for ino, number in numbers.items():
             fields = self._shown[ino] = {"st_ino": inodes[number]}
-            if (
-                often[inodes[number]] > 1
-            ):  # of two files one got the number of the other, whose end was not on the disk
+            if often[inodes[number]] > 1:  # of two files one got the number of the other, whose end was not on the disk
                 fields["st_ino"] = FAR + ino
             if (at := found.changed.get(number)) is not None:
                 fields["st_ctime_ns"] = BEGAN + (at if at >= base else -5 * DAY_NS)

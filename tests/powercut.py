@@ -99,14 +99,8 @@ def draw_plan(rng: random.Random, length: int) -> Plan:
     def edge() -> int:
         return max(0, rng.choice(edges) + rng.choice((0, 0, 0, -1, 1, -30, 1057)))
 
-    words = (
-        ["append"] * rng.choice((1, 4, 8))
-        + ["write"] * rng.choice((0, 2))
-        + ["truncate"] * rng.choice((0, 1, 3))
-    )
-    words += (
-        ["empty"] * rng.choice((0, 0, 1)) + ["reopen"] * rng.choice((0, 1)) + ["full"] * rng.choice((0, 1))
-    )
+    words = ["append"] * rng.choice((1, 4, 8)) + ["write"] * rng.choice((0, 2)) + ["truncate"] * rng.choice((0, 1, 3))
+    words += ["empty"] * rng.choice((0, 0, 1)) + ["reopen"] * rng.choice((0, 1)) + ["full"] * rng.choice((0, 1))
     words += ["sync"] * rng.choice((1, 1, 3)) + ["datasync"] * rng.choice((0, 1))
     if small:
         words = [
@@ -121,9 +115,7 @@ def draw_plan(rng: random.Random, length: int) -> Plan:
             "full",
             "sync",
         ]
-    plan: Plan = (
-        [("write", 0, rng.choice(edges) or 5000, 0), ("sync",), ("reopen",)] if rng.random() < 0.7 else []
-    )
+    plan: Plan = [("write", 0, rng.choice(edges) or 5000, 0), ("sync",), ("reopen",)] if rng.random() < 0.7 else []
     for i in range(1, length + 1):
         size = rng.choice((1, 30, 300, 1057, 1057, 4064, 5000, 9000))
         match rng.choice(words):
@@ -304,9 +296,7 @@ def search(recorded: Recorded, judge: Judge, seed: str, draws: int, where: Path)
                 and judge.trimmed % 8 == 0
                 and (found := _again(sealed, judge, promise, name, where))
             ):
-                return found._replace(
-                    cut=cut, story=[*state.story, "then, while it was trimmed:", *found.story]
-                )
+                return found._replace(cut=cut, story=[*state.story, "then, while it was trimmed:", *found.story])
     return None
 
 

@@ -294,9 +294,7 @@ def record(
         before(App(store, earlier, first))
         contents = {path: first.read(path) for path in first.all_files()}
     backing = (io or QuietRecording)(store)
-    start = {
-        backing.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()
-    }
+    start = {backing.number(os.path.join(os.fsencode(store), path)): content for path, content in contents.items()}
     with opened(store, settings, backing, State(clean=False, began=BEGAN, windows=())) as second:
         application = app(store, backing, second)
         then(application)
@@ -319,9 +317,7 @@ def judge(
     try:
         numbers = found.write_out(store)
         names = {path: number for path, number in found.paths() if number in found.files}
-        with opened(
-            store, recorded.settings, AfterCut(recorded.trace.base, found, numbers, inodes), CUT
-        ) as stack:
+        with opened(store, recorded.settings, AfterCut(recorded.trace.base, found, numbers, inodes), CUT) as stack:
             if any(b"orphan" in name for name in os.listdir(os.fsencode(store / ".encfs_js"))):
                 return "a redo file lost its target"
             plaintext = recorded.settings.plaintext

@@ -69,9 +69,7 @@ class Promise:
         del self._since[: since - self._dropped]
         self._dropped = since
         self._sizes = (
-            [len(self._synced), *self._sizes[sizes:]]
-            if not self._begun
-            else [len(self._synced), *self._sizes]
+            [len(self._synced), *self._sizes[sizes:]] if not self._begun else [len(self._synced), *self._sizes]
         )
 
     @staticmethod

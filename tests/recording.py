@@ -123,9 +123,7 @@ class Recording(Backing):
         self._lock = threading.RLock()
         self._sink = -1
         if sink is not None:
-            self._sink = os.open(
-                sink, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
-            )
+            self._sink = os.open(sink, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._new(os.stat(self.root))
         self._snapshot(self.root, ROOT)
         self.base = len(self.ops)
@@ -154,9 +152,7 @@ class Recording(Backing):
 
     def number(self, file: int | str | bytes, dir_fd: int | None = None, *, follow: bool = False) -> int:
         """The number of an open or a named file. A KeyError says that it was made behind this object's back."""
-        found = (
-            os.fstat(file) if isinstance(file, int) else os.stat(file, dir_fd=dir_fd, follow_symlinks=follow)
-        )
+        found = os.fstat(file) if isinstance(file, int) else os.stat(file, dir_fd=dir_fd, follow_symlinks=follow)
         return self.numbers[found.st_dev, found.st_ino]
 
     def _there(self, path: str | bytes, dir_fd: int | None) -> int | None:
@@ -180,9 +176,7 @@ class Recording(Backing):
                 target = os.fsencode(os.readlink(entry.path)) if entry.is_symlink() else b""
                 known = self.numbers.get((found.st_dev, found.st_ino))
                 number = self._new(found) if known is None else known
-                self._note(
-                    Enter(directory, os.fsencode(entry.name), number, found.st_mode, found.st_ino, target)
-                )
+                self._note(Enter(directory, os.fsencode(entry.name), number, found.st_mode, found.st_ino, target))
                 if entry.is_dir(follow_symlinks=False):
                     self._snapshot(entry.path, number)
                 elif stat.S_ISREG(found.st_mode) and known is None and entry.name != RESERVE:

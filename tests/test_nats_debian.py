@@ -13,9 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
-BINARY = next(
-    (path for path in ("/usr/sbin/nats-server", "/usr/bin/nats-server") if os.access(path, os.X_OK)), ""
-)
+BINARY = next((path for path in ("/usr/sbin/nats-server", "/usr/bin/nats-server") if os.access(path, os.X_OK)), "")
 MARKER = b"a payload that an older server keeps"
 
 
@@ -24,9 +22,7 @@ MARKER = b"a payload that an older server keeps"
 @pytest.mark.skipif(bool(mounts.needs_fuse()), reason=mounts.needs_fuse() or "-")
 @pytest.mark.skipif(not BINARY, reason="the distribution's nats-server is not installed")
 def test_distribution_server(tmp_path: Path) -> None:
-    version = subprocess.run(
-        [BINARY, "--version"], capture_output=True, text=True, timeout=mounts.PATIENCE
-    ).stdout
+    version = subprocess.run([BINARY, "--version"], capture_output=True, text=True, timeout=mounts.PATIENCE).stdout
     print(version)
     store, mountpoint, work = tmp_path / "store", tmp_path / "mnt", tmp_path / "work"
     store.mkdir()

@@ -195,9 +195,7 @@ def test_no_other_file_takes_the_room_of_an_accepted_write(tmp_path: Path, disk:
         with place("mount", store, mountpoint) as (root, _):
             for name, size in accepted.items():
                 expected = (piece * (size // len(piece) + 1))[:size]
-                assert (root / name).read_bytes() == expected, (
-                    f"{name}: not the {size} bytes that were accepted"
-                )
+                assert (root / name).read_bytes() == expected, f"{name}: not the {size} bytes that were accepted"
         mounts.verify(store)
 
 

@@ -59,12 +59,8 @@ def use(server: world.Server) -> None:
     world.talk(server, start)
 
 
-@pytest.mark.parametrize(
-    "encryption", [{}, {"key": "k" * 32, "cipher": "chacha"}, {"key": "k" * 32, "cipher": "aes"}]
-)
-def test_without_the_mount_a_flipped_bit_destroys_messages(
-    tmp_path: Path, encryption: dict[str, str]
-) -> None:
+@pytest.mark.parametrize("encryption", [{}, {"key": "k" * 32, "cipher": "chacha"}, {"key": "k" * 32, "cipher": "aes"}])
+def test_without_the_mount_a_flipped_bit_destroys_messages(tmp_path: Path, encryption: dict[str, str]) -> None:
     """A plain directory and the server's own encryption: there is nothing left to put the bit back into."""
     store, work = tmp_path / "store", tmp_path / "work"
     with world.serving(store, work, **encryption) as server:

@@ -95,9 +95,7 @@ def test_plain_store_goes_on_sealed(tmp_path: Path, cipher: str) -> None:
             assert world.consume(server, "ORDERS", "worker", 460) == as_stored(messages + more)[100:]
     no_new_plaintext(store, before)
     blocks = store / STREAM / "msgs"
-    assert (blocks / "2.blk").read_bytes() == before[f"{STREAM}/msgs/2.blk"], (
-        "nobody had a reason to touch it"
-    )
+    assert (blocks / "2.blk").read_bytes() == before[f"{STREAM}/msgs/2.blk"], "nobody had a reason to touch it"
     assert mounts.suite_of(blocks / "1.blk") == cipher
     assert mounts.suite_of(blocks / "3.blk") == cipher
     assert mounts.suite_of(store / "jetstream/$G/streams/FRESH/msgs/1.blk") == cipher

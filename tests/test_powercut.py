@@ -39,9 +39,7 @@ def test_random_operations_on_a_sealed_file(suite, quick):
         plan = powercut.draw_plan(rng, rng.choice((4, 8, 14)))
         failure, judge = failing(plan, suite, seed, 8, quick)
         if failure:
-            small, smallest = powercut.shortest(
-                plan, lambda p, seed=seed: failing(p, suite, seed, 24, quick)[0]
-            )
+            small, smallest = powercut.shortest(plan, lambda p, seed=seed: failing(p, suite, seed, 24, quick)[0])
             pytest.fail(f"seed {seed}: {failure}\nof {plan}\nshortest plan that fails: {small}\n{smallest}")
         states += judge.states
         trimmed += judge.trimmed
@@ -160,9 +158,7 @@ WAYS = [published, published_always, replaced, cut_and_compacted]
     [(sealed_in_place, "read"), *((way, plaintext) for way in WAYS for plaintext in ("refuse", "read"))],
 )
 def test_nats_ways(way, plaintext, quick):
-    settings = Settings(
-        file_keys(Suite.AES if plaintext == "read" else Suite.CHACHAPOLY), plaintext == "read"
-    )
+    settings = Settings(file_keys(Suite.AES if plaintext == "read" else Suite.CHACHAPOLY), plaintext == "read")
     recorded = powerstore.record(quick, settings, earlier_run, way, PLAIN[plaintext])
     states, failure = powerstore.search(recorded, f"{way.__name__}/{SEED}", 15 * SCALE, quick)
     print(f"{states} states, {len(recorded.trace.ops) - recorded.trace.base} operations")
@@ -218,9 +214,7 @@ def wander(app: App, rng: random.Random, length: int) -> None:
                     )()
 
 
-def wandering(
-    seed: str, plain: dict[str, bytes], length: int, where: Path
-) -> tuple[int, powercut.Failure | None]:
+def wandering(seed: str, plain: dict[str, bytes], length: int, where: Path) -> tuple[int, powercut.Failure | None]:
     """Random operations on a store, whose power is cut. How many states were judged, and the first failure."""
     rng = random.Random(seed)
     settings = Settings(file_keys(rng.choice(list(Suite))), bool(plain))
@@ -261,8 +255,7 @@ def test_the_keyring_is_the_old_or_the_new_one(quick):
     store = quick / "store"
     store.mkdir()
     documents = [
-        keyring.create(b"%d" % i, cipher=Suite.AES, plaintext="refuse", kdf=keyring.Kdf(1, 1, 8))
-        for i in range(3)
+        keyring.create(b"%d" % i, cipher=Suite.AES, plaintext="refuse", kdf=keyring.Kdf(1, 1, 8)) for i in range(3)
     ]
     io = Recording(store, sync=False)
     written = []

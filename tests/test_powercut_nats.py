@@ -75,9 +75,7 @@ def steps_of(trace: Trace, volume_keys: dict[int, bytes]) -> tuple[list[Step], d
     def cut(number: int, size: int) -> Step:
         return Step(at, at + 1, lambda world: world.of(number).truncate(size))
 
-    foreign = {
-        op.file for op in trace.ops if isinstance(op, Write) and op.offset == 0 and op.data[:8] != b"ENCFSJS1"
-    }
+    foreign = {op.file for op in trace.ops if isinstance(op, Write) and op.offset == 0 and op.data[:8] != b"ENCFSJS1"}
     for at, op in enumerate(trace.ops):
         if isinstance(op, Write) and op.file not in foreign:
             image = images.setdefault(op.file, bytearray())
@@ -94,9 +92,7 @@ def steps_of(trace: Trace, volume_keys: dict[int, bytes]) -> tuple[list[Step], d
             del image[op.size :]
             steps.append(cut(op.file, start_of(op.size // PAGE)))
         elif isinstance(op, SyncBegin):
-            steps.append(
-                Step(at, at + 1, lambda world, number=op.file, token=at: world.of(number).sync_begins(token))
-            )
+            steps.append(Step(at, at + 1, lambda world, number=op.file, token=at: world.of(number).sync_begins(token)))
         elif isinstance(op, Sync):
 
             def ends(world: World, number: int = op.file, token: int = op.began) -> None:
