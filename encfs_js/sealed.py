@@ -279,6 +279,8 @@ class SealedFile:
         """Write the sealed run. Returns bytes written, and the error if that is not all of it."""
         self.changes += 1
         view, at, done = self._keys.buffer.sealed[: count * PAGE], first * PAGE, 0
+        if first < self.pages:
+            self._io.settle(self.fd, at, min(count, self.pages - first) * PAGE)
         try:
             while done < len(view):
                 done += self._io.pwrite(self.fd, view[done:], at + done)
@@ -363,6 +365,7 @@ class SealedFile:
         if pages < self.pages:
             self._io.ftruncate(self.fd, pages * PAGE)
         self._seal(last, [plain + bytes(capacity(last) - keep)], keep)
+        self._io.settle(self.fd, last * PAGE, PAGE)
         self._finish(self._keys.buffer.sealed[:PAGE], last * PAGE)
         if pages == 1 < self.pages:
             # The next write may take a new id. Were the cut lost in a power cut, the old pages behind would not fit it.
