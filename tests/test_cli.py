@@ -69,7 +69,9 @@ def untouched(top: Path) -> dict[str, object]:
             if entry.path in mounted:
                 continue
             info = entry.stat(follow_symlinks=False)
-            content = Path(entry.path).read_bytes() if entry.is_file(follow_symlinks=False) else b""
+            # The reserve's content means nothing, and there is too much of it to be read after every command.
+            read = entry.is_file(follow_symlinks=False) and entry.name != "reserve"
+            content = Path(entry.path).read_bytes() if read else b""
             found[entry.path] = (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, content)
             if entry.is_dir(follow_symlinks=False):
                 look(entry.path)
