@@ -32,6 +32,7 @@ class Backing:
 
     open = staticmethod(os.open)
     close = staticmethod(os.close)
+    dup2 = staticmethod(os.dup2)
     preadv = staticmethod(os.preadv)
     pwrite = staticmethod(os.pwrite)
     ftruncate = staticmethod(os.ftruncate)

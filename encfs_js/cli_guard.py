@@ -10,7 +10,7 @@ import click
 
 from encfs_js import guard as room
 from encfs_js.cli_text import plural, shown
-from encfs_js.errors import GuardClosedError, StoreIoError
+from encfs_js.errors import GuardClosedError
 
 if TYPE_CHECKING:
     from encfs_js.guard import Closed
@@ -33,16 +33,6 @@ def closed_as_json(closed: list[Closed]) -> list[dict[str, Any]]:
     ]
 
 
-def _read(store: str) -> list[Closed]:
-    try:
-        return room.read(store)
-    except (ValueError, KeyError, TypeError):
-        raise StoreIoError(
-            f"{store}: .encfs_js/guard is damaged",
-            hint="Look at the file. It holds no secret: remove it to open all guards, after `encfs-js verify`.",
-        ) from None
-
-
 @guard.command("status")
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -51,7 +41,7 @@ def status(store: str, as_json: bool) -> None:
 
     Exit code 26 when there is anything.
     """
-    closed = _read(store)
+    closed = room.read(store)
     if as_json:
         print(json.dumps({"closed": closed_as_json(closed)}, indent=1))
     else:
@@ -76,7 +66,7 @@ def clear(store: str, directory: str | None, as_json: bool) -> None:
     DIRECTORY is a path in STORE, as `guard status` prints it. A running daemon notices. If a damaged page is met again,
     the guard closes again.
     """
-    closed = _read(store)
+    closed = room.read(store)
     name = None if directory is None else os.fsencode(directory)
     if name is not None and closed and name.strip(b"/") not in {c.directory for c in closed}:
         raise GuardClosedError(

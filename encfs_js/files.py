@@ -63,8 +63,10 @@ class Files:
         self._writeback = writeback
         self._writers: set[Node] = set()
         self._reported: set[tuple[int, int]] = set()
+        self._unfinished: set[Node] = set()
         self._direct_reads = True
         self.trimmed = 0
+        self.not_swept = 0
         self.swept: State | None = None
 
     # -- opening and closing
@@ -79,7 +81,10 @@ class Files:
             self._io.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         if node.fd >= 0:
-            self._io.close(node.fd)
+            # The number stays: a thread may be syncing it.
+            self._io.dup2(fd, node.fd, inheritable=False)
+            self._io.close(fd)
+            fd = node.fd
         self.adopt(node, fd, writable=writable, found=found)
         assert node.file is not None
         return node.file
@@ -288,6 +293,7 @@ class Files:
 
     def _empty(self, node: Node) -> bool:
         file = self.attach(node, write=True)
+        self._refuse_unfinished(node)
         if isinstance(file, PlainFile):
             self._io.ftruncate(node.fd, 0)  # an empty file is a sealed one
             node.file = SealedFile(self._io, node.fd, self._keys)
@@ -297,6 +303,7 @@ class Files:
 
     def _sealed(self, node: Node) -> SealedFile:
         file = self.attach(node, write=True)
+        self._refuse_unfinished(node)
         if isinstance(file, PlainFile):
             file = self._rewrite(node)
         elif file.size and not node.dated:
@@ -318,16 +325,29 @@ class Files:
         """Seal the node's file anew, in place: a plain one before its first change, or one whose id is used up."""
         assert node.file is not None
         path = self._tree.path(node)
-        redo.seal_in_place(self._io, self._tree.meta_fd, self._redo_key, node.file, path, self._keys)
+        try:
+            redo.seal_in_place(self._io, self._tree.meta_fd, self._redo_key, node.file, path, self._keys)
+        except redo.UnfinishedError:
+            log.error("%s: rewriting it was interrupted; it cannot be changed until the next mount", os.fsdecode(path))
+            self._unfinished.add(node)
+            node.opens += 1  # stays open: the inode number in the redo file must not become another file's
+            node.file = SealedFile(self._io, node.fd, self._keys)
+            raise
         node.file = file = SealedFile(self._io, node.fd, self._keys)
         return file
+
+    def _refuse_unfinished(self, node: Node) -> None:
+        if node in self._unfinished:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     # -- damage
 
     def damaged(self, node: Node, page: int) -> IntegrityError:
-        """Log a damaged page once, close the guard, and return the error to raise."""
+        """Close the guard, log a damaged page once for every time that closed it, and return the error to raise."""
         path = self._tree.path(node) if node.names else b"(deleted)"
-        if (node.ino, page) not in self._reported:
+        guards = bool(node.names) and self._reserve is not None
+        closed = guards and self._tree.guard.close(path, page, self._now())
+        if closed or (node.ino, page) not in self._reported:
             self._reported.add((node.ino, page))
             directory = protected_directory(path)
             log.error(
@@ -336,9 +356,7 @@ class Files:
                 " (encfs-js guard clear STORE %s)",
                 os.fsdecode(path), page, subject(directory), os.fsdecode(directory), os.fsdecode(directory),
             )  # fmt: skip
-            if node.names and self._reserve is not None:
-                self._tree.guard.close(path, page, self._now())
-                self.save_guard()
+            self.save_guard()
         return IntegrityError(path, page)
 
     def save_guard(self) -> None:
@@ -371,5 +389,7 @@ class Files:
                 elif stat.S_ISREG(found.st_mode) and not node.checked and self._state.touched(found.st_ctime_ns):
                     self.size(node)
             except OSError as exc:
-                log.debug("sweep: %s", exc)
+                if exc.errno not in {errno.ENOENT, errno.ESTALE}:  # gone since the names were read
+                    self.not_swept += 1
+                    log.warning("%s could not be looked at after the unclean stop: %s", os.fsdecode(name), exc.strerror)
             yield

@@ -90,11 +90,16 @@ class Operations(pyfuse3.Operations):
         self._files = files
         self._writeback = writeback
         self._read_only = read_only
+        self.answered = trio.Event()
         self._spare: list[PageBuffer] = []
         self._pace_of_syncs = Pace()
         self._pace_of_reads = Pace()
         self._listings: dict[int, list[tuple[int, bytes]]] = {}
         self._serial = 0
+
+    def init(self) -> None:
+        """Note that the kernel is about to get its answer to FUSE_INIT, after which it can be tuned."""
+        self.answered.set()
 
     def _entry(self, node: Node, found: os.stat_result) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()

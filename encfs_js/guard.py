@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from encfs_js.backing import META, replace_file
-from encfs_js.errors import NotAStoreError
+from encfs_js.errors import NotAStoreError, StoreIoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,7 @@ def subject(directory: bytes) -> str:
 
 
 def read(store: str) -> list[Closed]:
-    """Return the store's closed guards. Raises NotAStoreError without `.encfs_js`, ValueError when the file is damaged."""
+    """Return the store's closed guards. Raises NotAStoreError without `.encfs_js`, StoreIoError for a damaged file."""
     meta = os.path.join(store, META)
     if not os.path.isdir(meta):
         raise NotAStoreError(f"{store}: no encfs_js store", hint=f"encfs-js init {store}")
@@ -68,10 +68,22 @@ def read(store: str) -> list[Closed]:
             document = json.load(file)
     except FileNotFoundError:
         return []
-    return [
-        Closed(os.fsencode(entry["directory"]), os.fsencode(entry["file"]), int(entry["page"]), str(entry["since"]))
-        for entry in document["closed"]
-    ]
+    except ValueError:
+        raise _damaged(store) from None
+    try:
+        return [
+            Closed(os.fsencode(entry["directory"]), os.fsencode(entry["file"]), int(entry["page"]), str(entry["since"]))
+            for entry in document["closed"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise _damaged(store) from None
+
+
+def _damaged(store: str) -> StoreIoError:
+    return StoreIoError(
+        f"{store}: .encfs_js/guard is damaged",
+        hint="Look at the file. It holds no secret: remove it to open all guards, after `encfs-js verify`.",
+    )
 
 
 def write(store: str, closed: list[Closed]) -> None:
@@ -116,11 +128,7 @@ class Guard:
         moves: the path is to be renamed, so a directory that holds a guarded one is refused as well.
         A guard that an operator cleared meanwhile is noticed here.
         """
-        if not self.closed:
-            return
-        if self._stamp() != self._seen:
-            self._seen = self._stamp()
-            self.closed = {c.directory: c for c in read(self._store)}
+        self._refresh()
         for directory in self.closed:
             if (
                 path == directory
@@ -130,12 +138,24 @@ class Guard:
             ):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fsdecode(path))
 
-    def close(self, path: bytes, page: int, now: datetime) -> None:
-        """Close the guard over `path`, because of `page`. It holds at once; `save` makes it outlast the mount."""
+    def _refresh(self) -> None:
+        """Notice what an operator has cleared; what could not be written down yet is not theirs to clear."""
+        if self.closed and not self._unsaved and self._stamp() != self._seen:
+            self._seen = self._stamp()
+            self.closed = {c.directory: c for c in read(self._store)}
+
+    def close(self, path: bytes, page: int, now: datetime) -> bool:
+        """Close the guard over `path`, because of `page`. Returns whether it was open.
+
+        It holds at once; `save` makes it outlast the mount.
+        """
+        self._refresh()
         directory = protected_directory(path)
-        if directory not in self.closed:
-            self.closed[directory] = Closed(directory, path, page, now.isoformat(timespec="seconds"))
-            self._unsaved = True
+        if directory in self.closed:
+            return False
+        self.closed[directory] = Closed(directory, path, page, now.isoformat(timespec="seconds"))
+        self._unsaved = True
+        return True
 
     def save(self, make_room_for: Callable[[Callable[[], None]], None]) -> None:
         """Write what `close` changed, if anything, with `make_room_for` (reserve.py). Raises OSError; then call it again."""

@@ -208,22 +208,22 @@ def _serve(options: Options, keys: Keys, ready: int | None) -> int:
     try:
         pyfuse3.init(operations, options.mountpoint, _fuse_options(options))
     except RuntimeError:
-        if not options.read_only:
-            state.save(options.store, keys, replace(run, clean=True))
+        if reserve is not None:
+            reserve.make_room_for(lambda: state.save(options.store, keys, replace(run, clean=True)))
         raise MountFailedError(
             f"{options.mountpoint}: the kernel or fusermount3 refused the mount",
             hint="look at the line above; encfs-js mount needs /dev/fuse and the package fuse3",
         ) from None
     for fd in session.fuse_descriptors() - before:
         session.answer_promptly(fd)
-    _tune(options.mountpoint)
     log.info(
         "%s mounted at %s, %s, epoch %d", options.store, options.mountpoint, file_keys.suite.label, file_keys.epoch
     )
     try:
-        trio.run(_main, options, keys, files, run, ready)
+        trio.run(_main, options, keys, operations, files, reserve, run, ready)
     except BaseException:
         # Dead, never bare: an unmounted directory would look like an empty store, and take plaintext.
+        log.critical("%s: the daemon has failed and leaves the mount dead", options.mountpoint, exc_info=True)
         pyfuse3.close(unmount=False)
         raise
     pyfuse3.close(unmount=False)
@@ -250,6 +250,12 @@ def _fuse_options(options: Options) -> set[str]:
     return chosen
 
 
+async def _tune_when_answered(operations: Operations, mountpoint: str) -> None:
+    """Tune the mount, but not before FUSE_INIT is answered: the answer sets it all anew."""
+    await operations.answered.wait()
+    _tune(mountpoint)
+
+
 def _tune(mountpoint: str) -> None:
     """Ask the kernel for larger reads and more requests at a time, where we may (root); it works without."""
     device = next((m.device for m in mounts() if m.mountpoint == mountpoint and m.fs_type == FS_TYPE), None)
@@ -272,11 +278,20 @@ def _tune(mountpoint: str) -> None:
 # -- serving and stopping
 
 
-async def _main(options: Options, keys: Keys, files: Files, run: state.State, ready: int | None) -> None:
+async def _main(
+    options: Options,
+    keys: Keys,
+    operations: Operations,
+    files: Files,
+    reserve: Reserve | None,
+    run: state.State,
+    ready: int | None,
+) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_stop_on_signal, options.mountpoint)
-        if not options.read_only:
-            nursery.start_soon(_keep_house, options, keys, files, run)
+        nursery.start_soon(_tune_when_answered, operations, options.mountpoint)
+        if reserve is not None:
+            nursery.start_soon(_keep_house, options, keys, files, reserve, run)
         if ready is not None:
             _detach_from_terminal()
             os.write(ready, b"ready")
@@ -308,17 +323,28 @@ async def _unmount(mountpoint: str, *, lazy: bool) -> int:
     return done.returncode
 
 
-async def _keep_house(options: Options, keys: Keys, files: Files, run: state.State) -> None:
-    """After an unclean stop look at every file it may have touched; then see to the reserve from time to time."""
+async def _keep_house(options: Options, keys: Keys, files: Files, reserve: Reserve, run: state.State) -> None:
+    """After an unclean stop look at every file it may have touched; then see to the reserve from time to time.
+
+    What a disk refuses here is no reason to stop serving: it is said, and tried again.
+    """
     if run.windows:
-        for _ in files.sweep():
-            await trio.lowlevel.checkpoint()
-        files.swept = replace(run, windows=())
-        state.save(options.store, keys, files.swept)
-        log.info("after the unclean stop: every file was looked at, %d were cut", files.trimmed)
+        try:
+            for _ in files.sweep():
+                await trio.lowlevel.checkpoint()
+            if not files.not_swept:
+                swept = replace(run, windows=())
+                reserve.make_room_for(lambda: state.save(options.store, keys, swept))
+                files.swept = swept
+                log.info("after the unclean stop: every file was looked at, %d were cut", files.trimmed)
+        except OSError as exc:
+            log.warning("the look at the files after the unclean stop is not finished: %s", exc.strerror)
     while True:
         await trio.sleep(_HOUSEKEEPING)
-        files.refill()
+        try:
+            files.refill()
+        except OSError as exc:
+            log.warning("the reserve: %s", exc.strerror)
 
 
 def _syncfs(fd: int) -> None:

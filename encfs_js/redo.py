@@ -36,6 +36,13 @@ _LONGEST_PATH: Final = 4000
 _RUN: Final = 1 << 20
 
 
+class UnfinishedError(OSError):
+    """The new content counts, but it could not be put in place completely: the next start does it (errno EIO).
+
+    Until then the file must not change, for the redo file would undo that.
+    """
+
+
 class PlainFile:
     """A file that is not sealed yet, with the reading half of SealedFile's interface."""
 
@@ -83,7 +90,7 @@ def seal_in_place(
 ) -> None:
     """Replace the content of the open file `source` by its sealed form under a fresh id. `path`: its path in the store.
 
-    Raises OSError (ENOSPC before anything of the target was touched) and DamagedPageError.
+    Raises DamagedPageError and OSError before anything of the target was touched (ENOSPC), and UnfinishedError after.
     """
     if len(path) > _LONGEST_PATH:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -111,14 +118,16 @@ def seal_in_place(
         io.close(redo)
         io.unlink(temporary, dir_fd=meta_fd)
         raise
-    io.rename(temporary, name, src_dir_fd=meta_fd, dst_dir_fd=meta_fd)
-    io.fsync(meta_fd)
     try:
+        io.rename(temporary, name, src_dir_fd=meta_fd, dst_dir_fd=meta_fd)
+        io.fsync(meta_fd)
         _copy(io, redo, source.fd, pages)
+        io.unlink(name, dir_fd=meta_fd)
+        io.fsync(meta_fd)
+    except OSError as exc:
+        raise UnfinishedError(errno.EIO, os.strerror(errno.EIO)) from exc
     finally:
         io.close(redo)
-    io.unlink(name, dir_fd=meta_fd)
-    io.fsync(meta_fd)
 
 
 def recover(io: Backing, root_fd: int, meta_fd: int, mac_key: bytes) -> list[str]:
