@@ -64,7 +64,6 @@ class Files:
         self._writers: set[Node] = set()
         self._reported: set[tuple[int, int]] = set()
         self._unfinished: set[Node] = set()
-        self._direct_reads = True
         self.trimmed = 0
         self.not_swept = 0
         self.swept: State | None = None
@@ -147,9 +146,7 @@ class Files:
             if node.file is not None:
                 node.size = node.file.size
             self._io.close(node.fd)
-            if node.direct_fd >= 0:
-                self._io.close(node.direct_fd)
-            node.fd, node.direct_fd, node.file, node.writable, node.opens = -1, -1, None, False, 0
+            node.fd, node.file, node.writable, node.opens = -1, None, False, 0
             self._tree.drop_if_gone(node)
 
     def open(self, node: Node, *, write: bool) -> bool:
@@ -229,15 +226,6 @@ class Files:
             return file.read(offset, size, flags)
         except DamagedPageError as exc:
             raise self.damaged(node, exc.page) from None
-
-    def direct_fd(self, node: Node) -> int:
-        """Return a descriptor of the node's backing file for direct reads, -1 where the file system has none."""
-        if node.direct_fd < 0 and self._direct_reads:
-            try:
-                node.direct_fd = self._tree.open(node, os.O_RDONLY | os.O_DIRECT)
-            except OSError:
-                self._direct_reads = False
-        return node.direct_fd
 
     def write(self, node: Node, offset: int, data: bytes, *, cached: bool) -> int:
         """Write, and return how much was taken. cached: the kernel has promised it already, so it is all or an error."""

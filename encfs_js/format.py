@@ -8,7 +8,6 @@ of page 0. So plain byte x stands at x + 32 of that row, and one divmod answers 
 
 from __future__ import annotations
 
-import mmap
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -145,7 +144,7 @@ class PageBuffer:
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self.sealed = memoryview(mmap.mmap(-1, pages * PAGE))  # page-aligned, as direct reads want it
+        self.sealed = memoryview(bytearray(pages * PAGE))
         self.plain = memoryview(bytearray(pages * ROW))
         starts = range(0, pages * PAGE, PAGE)
         self.nonce = [self.sealed[at : at + NONCE] for at in starts]
@@ -196,7 +195,7 @@ class FileCipher:
         else:
             # A memoryview takes no strided assignment, what it shows does.
             raw = sealed.obj
-            assert isinstance(raw, mmap.mmap)
+            assert isinstance(raw, bytearray)
             here, own = count - skip, nonces[skip * NONCE :]
             for j in range(NONCE):
                 raw[skip * PAGE + j : end : PAGE] = own[j * here : (j + 1) * here]

@@ -26,9 +26,8 @@ import pyfuse3
 import trio
 
 from encfs_js.errors import IntegrityError
-from encfs_js.format import PAGE, DamagedPageError, PageBuffer, page_of
-from encfs_js.pace import SEQUENTIAL, Pace, await_pages
-from encfs_js.sealed import RUN_PAGES, SealedFile
+from encfs_js.format import PAGE, page_of
+from encfs_js.pace import Pace, await_pages
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -91,7 +90,6 @@ class Operations(pyfuse3.Operations):
         self._writeback = writeback
         self._read_only = read_only
         self.answered = trio.Event()
-        self._spare: list[PageBuffer] = []
         self._pace_of_syncs = Pace()
         self._pace_of_reads = Pace()
         self._listings: dict[int, list[tuple[int, bytes]]] = {}
@@ -245,13 +243,8 @@ class Operations(pyfuse3.Operations):
         disk = self._tree.io.statvfs(self._tree.root_fd)
         figures = pyfuse3.StatvfsData()
         figures.f_bsize = figures.f_frsize = disk.f_frsize
-        figures.f_blocks = disk.f_blocks
-        figures.f_bfree = disk.f_bfree
-        figures.f_bavail = disk.f_bavail
-        figures.f_files = disk.f_files
-        figures.f_ffree = disk.f_ffree
-        figures.f_favail = disk.f_favail
-        figures.f_namemax = disk.f_namemax
+        for name in ("f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"):
+            setattr(figures, name, getattr(disk, name))
         return figures
 
     # -- contents
@@ -318,35 +311,10 @@ class Operations(pyfuse3.Operations):
             if exc.errno != errno.EOPNOTSUPP:
                 raise
             return self._files.read(node, off, size)
-        view = await self._read_direct(node, off, size) if size >= SEQUENTIAL else None
-        if view is None:
-            start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
-            self._tree.io.fadvise(node.fd, start, end - start, os.POSIX_FADV_WILLNEED)
-            await self._pace_of_reads.run(await_pages, self._tree.io, node.fd, start, end)
-            view = self._files.read(node, off, size)
-        return view
-
-    async def _read_direct(self, node: Node, off: int, size: int) -> memoryview | None:
-        """Read a long cold range past the backing file's cache: the plain pages are about to be cached above us anyway.
-
-        None when that was not possible, or the file was changed meanwhile, or anything looks wrong: the caller then reads
-        the usual way, which decides. The view is valid until the next request, as every view here.
-        """
-        file, fd = node.file, self._files.direct_fd(node)
-        if fd < 0 or not isinstance(file, SealedFile):
-            return None
-        buffer = self._spare.pop() if self._spare else PageBuffer(RUN_PAGES)
-        try:
-            first, count = file.pages_of(off, size)
-            changes, want = file.changes, count * PAGE
-            got = await self._pace_of_reads.run(self._tree.io.preadv, fd, [buffer.sealed[:want]], first * PAGE)
-            if got != want or node.file is not file or file.changes != changes:
-                return None
-            return file.opened(buffer, off, size)
-        except (OSError, DamagedPageError):
-            return None
-        finally:
-            self._spare.append(buffer)
+        start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
+        self._tree.io.fadvise(node.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+        await self._pace_of_reads.run(await_pages, self._tree.io, node.fd, start, end)
+        return self._files.read(node, off, size)
 
     @replies
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -18,8 +18,7 @@ T = TypeVar("T")
 
 # A thread costs 55-140 us a request (measured); what waited less than this for the disk on average is done in the loop.
 _QUICK: Final = 0.0006
-# From here on a read is taken for a sequential one, as the kernel's read-ahead makes them.
-SEQUENTIAL: Final = 128 << 10
+_STEP: Final = 128 << 10
 
 
 class Pace:
@@ -39,5 +38,5 @@ class Pace:
 def await_pages(io: Backing, fd: int, start: int, end: int) -> None:
     """Wait until start..end are in memory: one byte of every 128 KiB, so that nothing is copied."""
     byte = bytearray(1)
-    for at in (*range(start, end - PAGE, SEQUENTIAL), end - PAGE):
+    for at in (*range(start, end - PAGE, _STEP), end - PAGE):
         io.preadv(fd, [byte], at)

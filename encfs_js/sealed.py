@@ -78,11 +78,10 @@ class SealedFile:
 
     size: plain bytes. damage: None, or the index of the page that is reported when the end of the file is touched; then
     `size` is what the file claims, so that nobody takes it for shorter than it was.
-    changes: goes up with every change of the backing file.
     Methods raise DamagedPageError where a page does not authenticate, and OSError from the backing file.
     """
 
-    __slots__ = ("_cipher", "_fresh_id", "_io", "_keys", "_seals", "changes", "damage", "fd", "pages", "size")
+    __slots__ = ("_cipher", "_fresh_id", "_io", "_keys", "_seals", "damage", "fd", "pages", "size")
 
     def __init__(self, io: Backing, fd: int, keys: FileKeys) -> None:
         self._io = io
@@ -90,7 +89,6 @@ class SealedFile:
         self.fd = fd
         self._fresh_id = False
         self._seals = 0
-        self.changes = 0
         self.load()
 
     def load(self) -> None:
@@ -133,43 +131,31 @@ class SealedFile:
 
     # -- reading
 
-    def pages_of(self, offset: int, size: int) -> tuple[int, int]:
-        """Return (first page, how many) of a plain range, as far as the file goes. Raises DamagedPageError at a bad end."""
-        end = min(offset + size, self.size)
-        if offset >= end:
-            return 0, 0
-        first, last = (offset + HEADER) // ROW, (end - 1 + HEADER) // ROW
-        if self.damage is not None and (self._cipher is None or last >= self.pages - 1):
-            raise DamagedPageError(self.damage)
-        return first, last - first + 1
-
     def read(self, offset: int, size: int, flags: int = 0) -> memoryview:
         """Return up to `size` plain bytes (at most 1 MiB) from `offset`; fewer only at the end of the file.
 
         flags: for preadv2; with os.RWF_NOWAIT, BlockingIOError says that the pages are not in memory.
         The view is valid until the next call on any file of the store.
         """
-        first, count = self.pages_of(offset, size)
-        buffer, want = self._keys.buffer, count * PAGE
-        got = self._io.preadv(self.fd, [buffer.sealed[:want]], first * PAGE, flags) if want else 0
+        end = min(offset + size, self.size)
+        if offset >= end:
+            return self._keys.buffer.plain[:0]
+        first, last = (offset + HEADER) // ROW, (end - 1 + HEADER) // ROW
+        if self.damage is not None and (self._cipher is None or last >= self.pages - 1):
+            raise DamagedPageError(self.damage)
+        assert self._cipher is not None
+        buffer, count = self._keys.buffer, last - first + 1
+        want = count * PAGE
+        got = self._io.preadv(self.fd, [buffer.sealed[:want]], first * PAGE, flags)
         if got != want:
             if flags:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             raise DamagedPageError(first + got // PAGE)
-        return self.opened(buffer, offset, size)
-
-    def opened(self, buffer: PageBuffer, offset: int, size: int) -> memoryview:
-        """Return the plain range whose pages (see `pages_of`) lie in `buffer.sealed`."""
-        first, count = self.pages_of(offset, size)
-        if not count:
-            return buffer.plain[:0]
-        assert self._cipher is not None
-        last = first + count - 1
         length = self._cipher.open_run(buffer, first, count, self.pages - 1)
         if last == self.pages - 1 and length != self.size - plain_start(last):
             raise DamagedPageError(last)  # an older copy of this page was put back
         at = offset + HEADER - first * ROW
-        return buffer.plain[at : at + min(size, self.size - offset)]
+        return buffer.plain[at : at + end - offset]
 
     # -- writing
 
@@ -277,7 +263,6 @@ class SealedFile:
 
     def _put(self, first: int, count: int) -> tuple[int, OSError | None]:
         """Write the sealed run. Returns bytes written, and the error if that is not all of it."""
-        self.changes += 1
         view, at, done = self._keys.buffer.sealed[: count * PAGE], first * PAGE, 0
         if first < self.pages:
             self._io.settle(self.fd, at, min(count, self.pages - first) * PAGE)
@@ -306,7 +291,6 @@ class SealedFile:
 
     def _finish(self, view: memoryview, at: int) -> None:
         """Write pages that have their blocks. Once more after an error, because half of it is worth nothing."""
-        self.changes += 1
         for attempt in (1, 2):
             try:
                 while view:

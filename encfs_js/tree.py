@@ -33,11 +33,11 @@ _LONG_PATH: Final = 2048
 class Node:
     """What is known of one file. `names`: (directory, name) by which it was found; directories have at most one.
 
-    file, fd, direct_fd: the content, while open (the last for cold reads past the backing file's cache). opens: how many
-    FUSE handles; cached_writers, direct_writers: those of them that write, through the kernel's cache or past it. size:
-    plain size in bytes when last closed, None if never looked at. checked: the crash rule was applied. dated: its inode on
-    the disk has a ctime of this run. held: an O_PATH descriptor of a file that lost its last name while the kernel still
-    knew it, -1 otherwise. anchor: one of a directory that lies deep, from which paths below it start, or -1.
+    file, fd: the content, while open. opens: how many FUSE handles; cached_writers, direct_writers: those of them that
+    write, through the kernel's cache or past it. size: plain size in bytes when last closed, None if never looked at.
+    checked: the crash rule was applied. dated: its inode on the disk has a ctime of this run. held: an O_PATH descriptor
+    of a file that lost its last name while the kernel still knew it, -1 otherwise. anchor: one of a directory that lies
+    deep, from which paths below it start, or -1.
     """
 
     __slots__ = (
@@ -46,7 +46,6 @@ class Node:
         "checked",
         "children",
         "dated",
-        "direct_fd",
         "direct_writers",
         "fd",
         "file",
@@ -66,7 +65,6 @@ class Node:
         self.children: dict[bytes, Node] = {}
         self.file: SealedFile | PlainFile | None = None
         self.fd = -1
-        self.direct_fd = -1
         self.writable = False
         self.opens = 0
         self.cached_writers = 0
