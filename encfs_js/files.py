@@ -11,7 +11,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
-from encfs_js import crash, redo
+from encfs_js import crash, redo, times
 from encfs_js.errors import IntegrityError
 from encfs_js.format import MAGIC, DamagedPageError
 from encfs_js.guard import protected_directory, subject
@@ -145,6 +145,7 @@ class Files:
         if node.fd >= 0 and node.opens <= 0:
             if node.file is not None:
                 node.size = node.file.size
+            times.settle(self._tree, node)
             self._io.close(node.fd)
             node.fd, node.file, node.writable, node.opens = -1, None, False, 0
             self._tree.drop_if_gone(node)
@@ -230,6 +231,8 @@ class Files:
     def write(self, node: Node, offset: int, data: bytes, *, cached: bool) -> int:
         """Write, and return how much was taken. cached: the kernel has promised it already, so it is all or an error."""
         file = self._sealed(node)
+        if not cached:
+            node.mtime_ns = None
         if self._writeback and not cached:
             self._leave_room(node, offset + len(data) - file.size)
         try:

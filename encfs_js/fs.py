@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, c
 import pyfuse3
 import trio
 
+from encfs_js import times
 from encfs_js.errors import IntegrityError
 from encfs_js.format import PAGE, page_of
 from encfs_js.pace import Pace, await_pages
@@ -114,7 +115,7 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = found.st_blksize
         entry.st_blocks = found.st_blocks
         entry.st_atime_ns = found.st_atime_ns
-        entry.st_mtime_ns = found.st_mtime_ns
+        entry.st_mtime_ns = times.mtime_ns(node, found)
         entry.st_ctime_ns = found.st_ctime_ns
         return entry
 
@@ -228,12 +229,11 @@ class Operations(pyfuse3.Operations):
         if fields.update_mode:
             tree.chmod(node, attr.st_mode)
         found = tree.stat(node)
-        if fields.update_atime or fields.update_mtime:
-            tree.utime(
-                node,
-                attr.st_atime_ns if fields.update_atime else found.st_atime_ns,
-                attr.st_mtime_ns if fields.update_mtime else found.st_mtime_ns,
-            )
+        if fields.update_mtime and fields.update_ctime and not fields.update_atime:
+            times.flushed(tree, node, found, attr.st_mtime_ns)
+        elif fields.update_atime or fields.update_mtime:
+            mtime = attr.st_mtime_ns if fields.update_mtime else times.mtime_ns(node, found)
+            times.put(tree, node, attr.st_atime_ns if fields.update_atime else found.st_atime_ns, mtime)
             found = tree.stat(node)
         return self._entry(node, found)
 

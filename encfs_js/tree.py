@@ -35,6 +35,7 @@ class Node:
 
     file, fd: the content, while open. opens: how many FUSE handles; cached_writers, direct_writers: those of them that
     write, through the kernel's cache or past it. size: plain size in bytes when last closed, None if never looked at.
+    mtime_ns: one that is still to be set on the backing file (times.py).
     checked: the crash rule was applied. dated: its inode on the disk has a ctime of this run. held: an O_PATH descriptor
     of a file that lost its last name while the kernel still knew it, -1 otherwise. anchor: one of a directory that lies
     deep, from which paths below it start, or -1.
@@ -52,6 +53,7 @@ class Node:
         "generation",
         "held",
         "ino",
+        "mtime_ns",
         "names",
         "opens",
         "size",
@@ -70,6 +72,7 @@ class Node:
         self.cached_writers = 0
         self.direct_writers = 0
         self.size: int | None = None
+        self.mtime_ns: int | None = None
         self.checked = False
         self.dated = False
         self.held = -1

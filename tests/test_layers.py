@@ -12,7 +12,7 @@ import encfs_js
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
     __init__ errors format backing mounts keydocument keyring keysource config sealed crash redo state guard reserve
-    tree files pace fs session mount inspect verify
+    tree times files pace fs session mount inspect verify
     cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_verify cli __main__
 """.split()  # noqa: SIM905
 FUSE = {"fs", "pace", "session", "mount"}
