@@ -333,8 +333,7 @@ class Operations(pyfuse3.Operations):
         await self._sync(node.fd, datasync=datasync)
 
     async def _sync(self, fd: int, *, datasync: bool) -> None:
-        io = self._tree.io
-        await self._pace_of_syncs.run(io.fdatasync if datasync else io.fsync, fd)
+        await self._pace_of_syncs.run(self._tree.io.fdatasync if datasync else self._tree.io.fsync, fd)
 
     @replies
     async def release(self, fh: int) -> None:

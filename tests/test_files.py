@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from encfs_js import guard, keyring, redo, state
+from encfs_js import guard, keyring, redo, state, times
 from encfs_js.backing import Backing
 from encfs_js.errors import IntegrityError, StoreIoError
 from encfs_js.files import Files
@@ -175,3 +175,46 @@ def test_sweep_that_could_not_look_says_so(store, tmp_path: Path) -> None:
     opened = store(windows=always)
     list(opened.files.sweep())
     assert opened.files.not_swept == 0
+
+
+def test_mtime_of_a_cached_write_reaches_the_backing_file_when_it_is_closed(store, tmp_path: Path) -> None:
+    opened = store()
+    path = tmp_path / "account" / BLOCK
+    path.touch()
+    node = opened.node("account/" + BLOCK)
+    opened.files.open(node, write=True)
+    opened.files.write(node, 0, b"x", cached=True)
+    found = opened.tree.stat(node)
+    kept = found.st_mtime_ns + 1_000_001
+    times.flushed(opened.tree, node, found, kept)
+    assert path.stat().st_mtime_ns == found.st_mtime_ns, "an fsync now needs no journal commit"
+    assert times.mtime_ns(node, opened.tree.stat(node)) == kept, "what the mount shows is the kernel's"
+    opened.files.release(node, write=True, direct=False)
+    assert path.stat().st_mtime_ns == kept
+    assert node.mtime_ns is None
+
+
+def test_mtime_that_is_far_from_the_backing_files_is_set_at_once(store, tmp_path: Path) -> None:
+    opened = store()
+    path = tmp_path / "account" / BLOCK
+    path.touch()
+    node = opened.node("account/" + BLOCK)
+    opened.files.open(node, write=True)
+    times.flushed(opened.tree, node, opened.tree.stat(node), 5)
+    assert path.stat().st_mtime_ns == 5
+    opened.files.release(node, write=True, direct=False)
+
+
+def test_mtime_a_disk_that_refuses_it_does_not_keep_a_file_from_closing(store, tmp_path: Path, caplog) -> None:
+    class Refusing(Backing):
+        def utime(self, *_args, **_more) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    opened = store(Refusing())
+    (tmp_path / "account" / BLOCK).touch()
+    node = opened.node("account/" + BLOCK)
+    opened.files.open(node, write=True)
+    times.flushed(opened.tree, node, opened.tree.stat(node), opened.tree.stat(node).st_mtime_ns + 1)
+    opened.files.release(node, write=True, direct=False)
+    assert node.fd == -1
+    assert "could not be set: Input/output error" in caplog.text

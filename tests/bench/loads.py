@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from . import client, server
 from .backends import mounted
-from .meter import RunError, between, reading
+from .meter import RunError, measured
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -60,9 +60,8 @@ def fill(store, daemon, size, bodies, *, storage="file"):
         settle()
         with client.connected(nats.port) as connection:
             connection.subscribe(client.ACKS, 1)
-            before = reading(nats.pid, daemon)
-            client.publish(connection, prepared, size.window)
-            cost = between(before, reading(nats.pid, daemon))
+            with measured(nats.pid, daemon) as cost:
+                client.publish(connection, prepared, size.window)
         if (count := client.stored(nats.port)) != size.messages:
             raise RunError(f"the stream has {count} of {size.messages} messages: the rest was lost")
         began = time.monotonic()
@@ -79,11 +78,12 @@ def ceiling(store, size):
 @contextlib.contextmanager
 def restarted(store, daemon, size):
     """Start the server on a filled store; yield it and what it cost until it said that all messages are there."""
-    before = reading(None, daemon)
-    with server.running(store) as nats:
-        if (count := client.stored(nats.port)) != size.messages:
-            raise RunError(f"after a restart the stream has {count} of {size.messages} messages")
-        yield nats, between(before, reading(nats.pid, daemon))
+    with contextlib.ExitStack() as running:
+        with measured(lambda: nats.pid, daemon) as cost:
+            nats = running.enter_context(server.running(store))
+            if (count := client.stored(nats.port)) != size.messages:
+                raise RunError(f"after a restart the stream has {count} of {size.messages} messages")
+        yield nats, cost
 
 
 def jetstream(store, size):
@@ -121,10 +121,10 @@ def replay(nats, daemon, size, bodies):
     with client.connected(nats.port) as connection:
         consumer = client.Replay(connection, size.messages, size.payload)
         drop_caches()
-        read, before = bytes_read(nats.pid), reading(nats.pid, daemon)
-        consumer.start(nats.port)
-        received = consumer.receive()
-        cost = between(before, reading(nats.pid, daemon))
+        read = bytes_read(nats.pid)
+        with measured(nats.pid, daemon) as cost:
+            consumer.start(nats.port)
+            received = consumer.receive()
     # The last block may be in the server's memory: it looked there for the duplicate window.
     if (read := bytes_read(nats.pid) - read) < size.messages * size.payload - BLOCK:
         raise RunError(f"the replay was not cold: the server read {read} bytes, the rest was in its memory")
@@ -147,9 +147,8 @@ def sync(store, size):
         with client.connected(nats.port) as connection:
             connection.subscribe(client.ACKS, 1)
             client.publish_one_by_one(connection, min(100, size.sync_messages), bodies, headers=size.headers)
-            before = reading(nats.pid, daemon)
-            latencies = client.publish_one_by_one(connection, size.sync_messages, bodies, headers=size.headers)
-            cost = between(before, reading(nats.pid, daemon))
+            with measured(nats.pid, daemon) as cost:
+                latencies = client.publish_one_by_one(connection, size.sync_messages, bodies, headers=size.headers)
     figures = {
         "sync.p50": statistics.median(latencies),
         "sync.p99": statistics.quantiles(latencies, n=100)[98],
@@ -166,23 +165,19 @@ def file(store, size):
     path = os.path.join(store.directory, "large")
     with mounted(store) as daemon:
         settle()
-        before = reading(None, daemon)
-        with open(path, "xb", buffering=0) as writer:
+        with measured(None, daemon) as written, open(path, "xb", buffering=0) as writer:
             for index in range(size.file_mib):
                 chunk[:8] = index.to_bytes(8, "little")
                 if writer.write(chunk) != MIB:
                     raise RunError(f"MiB {index} of the file was written in part")
             os.fsync(writer.fileno())
-        written = between(before, reading(None, daemon))
     with mounted(store) as daemon:
         drop_caches()
-        before = reading(None, daemon)
-        with open(path, "rb", buffering=0) as reader:
+        with measured(None, daemon) as read, open(path, "rb", buffering=0) as reader:
             for index in range(size.file_mib):
                 chunk[:8] = index.to_bytes(8, "little")
                 if reader.readinto(target) != MIB or target[:] != chunk:
                     raise RunError(f"MiB {index} of the file is not what was written")
-        read = between(before, reading(None, daemon))
     share = GIB / MIB / size.file_mib
     figures = {
         "file.write": size.file_mib * MIB / written["wall"],
@@ -214,10 +209,9 @@ def small(store, size):
         os.stat(f"{index}.tmp")
 
     def timed(name, step):
-        before = reading(None, daemon)
-        for index in range(size.files):
-            step(index)
-        costs[name] = between(before, reading(None, daemon))
+        with measured(None, daemon) as costs[name]:
+            for index in range(size.files):
+                step(index)
         figures[name] = costs[name]["wall"] / size.files
 
     with mounted(store) as daemon:
