@@ -60,6 +60,12 @@ class Backing:
         return [os.fsencode(name) for name in os.listdir(fd)]
 
     @staticmethod
+    def entries(fd: int) -> list[tuple[bytes, int, bool]]:
+        """Return (name, inode number, whether it is a directory) of what is in an open directory, in no order."""
+        with os.scandir(fd) as found:
+            return [(os.fsencode(e.name), e.inode(), e.is_dir(follow_symlinks=False)) for e in found]
+
+    @staticmethod
     def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
         """Rename with flags, which `os` does not offer. Raises OSError."""
         if _libc.renameat2(old_dir, old, new_dir, new, flags):

@@ -70,6 +70,24 @@ def trim(io: Backing, fd: int, keys: FileKeys, *, plaintext: bool = False) -> tu
     return before, plain_size(keep, length)
 
 
+def end(io: Backing, fd: int, keys: FileKeys) -> None:
+    """Put the end mark behind a file that ends with a full page: a process died between its pages, in a write or a cut.
+
+    It takes nothing away. What else a power cut may leave, the end of a process cannot.
+    """
+    whole, rest = divmod(io.fstat(fd).st_size, PAGE)
+    if not whole or rest:
+        return
+    last = _page(io, fd, whole - 1)
+    if page_length(last, whole - 1) != capacity(whole - 1):
+        return
+    cipher = keys.of(_page(io, fd, 0))
+    if cipher and cipher.authentic(last, whole - 1) is not None:
+        mark, done = cipher.seal(whole, b"", keys.random(NONCE)), 0
+        while done < len(mark):
+            done += io.pwrite(fd, mark[done:], whole * PAGE + done)
+
+
 def _page(io: Backing, fd: int, page: int) -> bytes:
     raw = bytearray(PAGE)
     return bytes(raw[: io.preadv(fd, [raw], page * PAGE)])

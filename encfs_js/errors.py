@@ -23,6 +23,10 @@ class EncfsError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    def as_json(self) -> dict[str, str | int]:
+        """Return what another process needs to report it, or to raise it again."""
+        return {"error": type(self).__name__, "message": str(self), "hint": self.hint, "code": self.exit_code}
+
 
 class ConfigError(EncfsError):
     """The configuration file or an option in it cannot be used."""
@@ -124,6 +128,12 @@ class GuardClosedError(EncfsError):
     """`guard status` found a closed guard: a stream is protected from deletion because of damage."""
 
     exit_code = 26
+
+
+class WorkersFailedError(EncfsError):
+    """The workers of a mount died again and again. The mount is left dead until it is unmounted."""
+
+    exit_code = 27
 
 
 class FormatError(EncfsError):

@@ -15,9 +15,12 @@ from encfs_js import crash, redo, times
 from encfs_js.errors import IntegrityError
 from encfs_js.format import MAGIC, DamagedPageError
 from encfs_js.guard import protected_directory, subject
+from encfs_js.opening import open_backing
 from encfs_js.redo import PlainFile
 from encfs_js.reserve import SLACK, still_to_come
 from encfs_js.sealed import SealedFile
+from encfs_js.state import HOUR_NS
+from encfs_js.tree import Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,11 +29,10 @@ if TYPE_CHECKING:
     from encfs_js.reserve import Reserve
     from encfs_js.sealed import FileKeys
     from encfs_js.state import State
-    from encfs_js.tree import Node, Tree
+    from encfs_js.tree import Tree
 
 log: Final = logging.getLogger("encfs_js")
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_RETRY_READ_ONLY: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class Files:
@@ -60,7 +62,8 @@ class Files:
         self._reserve = reserve
         self._now = now
         self._plaintext = plaintext
-        self._writeback = writeback
+        self.writeback = writeback
+        self.resumed = False  # another worker began this run, and died
         self._writers: set[Node] = set()
         self._reported: set[tuple[int, int]] = set()
         self._unfinished: set[Node] = set()
@@ -74,7 +77,7 @@ class Files:
         """Return the node's content, opening its backing file if need be. Raises OSError."""
         if node.file is not None and (node.writable or not write):
             return node.file
-        fd, writable = self._open_backing(node, write)
+        fd, writable = open_backing(self._tree, node, write=write, read_only=self._reserve is None)
         found = self._io.fstat(fd)
         if found.st_ino != node.ino or not stat.S_ISREG(found.st_mode):
             self._io.close(fd)
@@ -92,8 +95,11 @@ class Files:
         """Make `fd` the node's open backing file."""
         node.fd, node.writable = fd, writable
         try:
-            if not node.checked and writable and self._state.touched(found.st_ctime_ns):
-                self._trim(node)
+            if not node.checked and writable:
+                if self._state.touched(found.st_ctime_ns):
+                    self._trim(node)
+                elif self.resumed and found.st_ctime_ns >= self._state.began - HOUR_NS:
+                    crash.end(self._io, fd, self._keys)
             node.checked = True
             node.file = self._load(fd)
         except BaseException:
@@ -110,45 +116,45 @@ class Files:
                 return PlainFile(self._io, fd)
         return SealedFile(self._io, fd, self._keys)
 
-    def _open_backing(self, node: Node, write: bool) -> tuple[int, bool]:
-        """Open for reading and writing whenever that is possible: a partial page is read before it is written.
-
-        Times of access stay as they are (as with the mount option noatime); only an owner may ask for that.
-        """
-        ways = [os.O_RDWR | os.O_NOATIME, os.O_RDWR]
-        if self._reserve is None:
-            ways = [os.O_RDONLY | os.O_NOATIME, os.O_RDONLY]
-        elif not write:
-            ways += [os.O_RDONLY | os.O_NOATIME, os.O_RDONLY]
-        for i, way in enumerate(ways):
-            try:
-                return self._tree.open(node, way | os.O_NONBLOCK), bool(way & os.O_RDWR)
-            except OSError as exc:
-                if exc.errno not in _RETRY_READ_ONLY or i == len(ways) - 1:
-                    return self._open_own(node, exc)
-        raise AssertionError(node)
-
-    def _open_own(self, node: Node, refused: OSError) -> tuple[int, bool]:
-        """Open a file of our own whose mode keeps even us out; the kernel has checked the caller already."""
-        found = self._tree.stat(node)
-        if refused.errno != errno.EACCES or found.st_uid != os.geteuid() or self._reserve is None:
-            raise refused
-        mode = stat.S_IMODE(found.st_mode)
-        self._tree.chmod(node, mode | stat.S_IRUSR | stat.S_IWUSR)
-        try:
-            return self._tree.open(node, os.O_RDWR), True
-        finally:
-            self._tree.chmod(node, mode)
-
     def detach(self, node: Node) -> None:
-        """Close the backing file if no handle needs it."""
-        if node.fd >= 0 and node.opens <= 0:
-            if node.file is not None:
-                node.size = node.file.size
-            times.settle(self._tree, node)
-            self._io.close(node.fd)
-            node.fd, node.file, node.writable, node.opens = -1, None, False, 0
+        """Close the backing file if no handle needs it. One without a name stays until the kernel forgets it."""
+        if node.fd >= 0 and node.opens <= 0 and node.names:
+            self._close(node)
+
+    def _close(self, node: Node) -> None:
+        if node.file is not None:
+            node.size = node.file.size
+        times.settle(self._tree, node)
+        self._io.close(node.fd)
+        node.fd, node.file, node.writable, node.opens = -1, None, False, 0
+        self._tree.drop_if_gone(node)
+
+    def forget(self, ino: int) -> None:
+        """Let go of a node that the kernel has forgotten, if it has no name: nobody can have it open."""
+        node = self._tree.nodes.get(ino)
+        if node is None:
+            return
+        node.unsure = False
+        if node.names:
+            return
+        if node.handed:
+            self._tree.let_go(ino)
+        if node.held >= 0:
+            self._io.close(node.held)
+            node.held = -1
             self._tree.drop_if_gone(node)
+        if node.fd >= 0:
+            self._close(node)
+
+    def inherit(self, ino: int, fd: int) -> None:
+        """Go on with a file that has lost its last name while a worker before this one had it open."""
+        node = self._tree.nodes.get(ino)
+        if node is not None:  # that worker died before it removed the name, or it was given another
+            self._io.close(fd)
+            self._tree.let_go(ino)
+            return
+        node = self._tree.nodes[ino] = Node(ino)
+        node.held, node.handed = fd, True
 
     def open(self, node: Node, *, write: bool) -> bool:
         """Count one more handle. Returns whether its writes must go to the disk one by one, for want of room (reserve.py).
@@ -157,7 +163,7 @@ class Files:
         """
         self.attach(node, write=write)
         node.opens += 1
-        if not write or not self._writeback:
+        if not write or not self.writeback:
             return False
         if node.cached_writers or not (node.direct_writers or not self._has_room(node)):
             node.cached_writers += 1
@@ -205,8 +211,8 @@ class Files:
     def close_all(self) -> None:
         """Close every backing file, at the end of a mount."""
         for node in list(self._tree.nodes.values()):
-            node.opens = 0
-            self.detach(node)
+            if node.fd >= 0:
+                self._close(node)
 
     # -- content
 
@@ -215,9 +221,9 @@ class Files:
         if node.file is not None:
             return node.file.size
         if node.size is None:
-            self.attach(node)
+            size = self.attach(node).size
             self.detach(node)
-            assert node.size is not None
+            return size
         return node.size
 
     def read(self, node: Node, offset: int, size: int, flags: int = 0) -> memoryview:
@@ -233,7 +239,11 @@ class Files:
         file = self._sealed(node)
         if not cached:
             node.mtime_ns = None
-        if self._writeback and not cached:
+            node.direct_writers = node.direct_writers or int(self.writeback)  # opened by a worker before this one
+        elif node not in self._writers:
+            node.cached_writers = 1
+            self._writers.add(node)
+        if self.writeback and not cached:
             self._leave_room(node, offset + len(data) - file.size)
         try:
             done = self._write(file, offset, data, cached=cached)

@@ -15,31 +15,25 @@ from __future__ import annotations
 
 import bisect
 import errno
-import functools
-import logging
 import operator
 import os
 import stat
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 import trio
 
-from encfs_js import times
-from encfs_js.errors import IntegrityError
+from encfs_js import journal, revive, times
 from encfs_js.format import PAGE, page_of
+from encfs_js.journal import Entry, Journal
 from encfs_js.pace import Pace, await_pages
+from encfs_js.reply import entry_of, figures_of, nothing, replies
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
 
     from encfs_js.files import Files
     from encfs_js.tree import Node, Tree
-
-log: Final = logging.getLogger("encfs_js")
-
-# Only this process changes the store, so what the kernel knows stays true; an hour, as S3QL has it.
-TIMEOUT: Final = 3600.0
 
 # What `fh` says beside the node id: nothing has to be remembered per handle.
 _SYNC: Final = 1 << 63  # direct I/O does not ask for an fsync after an O_SYNC write; we must
@@ -51,45 +45,35 @@ _DIRECTORY_SHIFT: Final = 48
 
 _GROW: Final = 1 << 20
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def replies(
-    handler: Callable[Concatenate[Operations, P], Awaitable[R]],
-) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
-    """Turn what went wrong into the errno that the caller is to see. Anything else that left a handler would end the mount."""
-
-    @functools.wraps(handler)
-    async def reply(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return await handler(self, *args, **kwargs)
-        except IntegrityError as exc:
-            raise pyfuse3.FUSEError(errno.EIO) from exc
-        except OSError as exc:
-            raise pyfuse3.FUSEError(exc.errno or errno.EIO) from exc
-        except pyfuse3.FUSEError:
-            raise
-        except Exception as exc:
-            log.exception("bug in %s", getattr(handler, "__name__", handler))
-            raise pyfuse3.FUSEError(errno.EIO) from exc
-
-    return cast("Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]", reply)
-
 
 class Operations(pyfuse3.Operations):
-    """The requests of one mount. writeback: the kernel caches writes. read_only: nothing may change."""
+    """The requests of one mount. writeback: the kernel caches writes. read_only: nothing may change.
+
+    notes: what is about to be done to names; repeated: what a worker that died has done, and did not answer.
+    """
 
     supports_dot_lookup = False
     enable_acl = False
 
-    def __init__(self, tree: Tree, files: Files, *, writeback: bool, read_only: bool) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        files: Files,
+        notes: Journal,
+        repeated: Entry | None = None,
+        *,
+        writeback: bool,
+        read_only: bool,
+    ) -> None:
         super().__init__()
         self.enable_writeback_cache = writeback
         self._tree = tree
         self._files = files
         self._writeback = writeback
         self._read_only = read_only
+        self._notes = notes
+        self._repeated = repeated
+        self.answering: Callable[[], None] = lambda: None
         self.answered = trio.Event()
         self._pace_of_syncs = Pace()
         self._pace_of_reads = Pace()
@@ -98,30 +82,26 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         """Note that the kernel is about to get its answer to FUSE_INIT, after which it can be tuned."""
+        self.answering()
         self.answered.set()
-
-    def _entry(self, node: Node, found: os.stat_result) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = node.ino
-        entry.generation = node.generation
-        entry.entry_timeout = TIMEOUT
-        entry.attr_timeout = TIMEOUT
-        entry.st_mode = found.st_mode
-        entry.st_nlink = found.st_nlink
-        entry.st_uid = found.st_uid
-        entry.st_gid = found.st_gid
-        entry.st_rdev = found.st_rdev
-        entry.st_size = self._files.size(node) if stat.S_ISREG(found.st_mode) else found.st_size
-        entry.st_blksize = found.st_blksize
-        entry.st_blocks = found.st_blocks
-        entry.st_atime_ns = found.st_atime_ns
-        entry.st_mtime_ns = times.mtime_ns(node, found)
-        entry.st_ctime_ns = found.st_ctime_ns
-        return entry
 
     def _may_write(self) -> None:
         if self._read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def _changes(self, entry: Entry) -> bool:
+        """Note a change of names that is about to be made. Returns False when a worker that died has made it."""
+        self._may_write()
+        if self._repeated is not None and self._repeated.same_request(entry):
+            self._repeated = None
+            return False
+        noted = revive.complete(self._tree, entry)
+        if noted is not None:
+            self._notes.note(noted)
+        return True
+
+    def _entry(self, node: Node, found: os.stat_result) -> pyfuse3.EntryAttributes:
+        return entry_of(self._files, node, found)
 
     # -- names
 
@@ -131,16 +111,13 @@ class Operations(pyfuse3.Operations):
         try:
             node, found = self._tree.lookup(self._tree.node(parent_inode), name)
         except FileNotFoundError:
-            nothing = pyfuse3.EntryAttributes()
-            nothing.st_ino = 0
-            nothing.entry_timeout = TIMEOUT
-            return nothing
+            return nothing()
         return self._entry(node, found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Let go of what has no name; apart from that the table is a cache, and lookups are not counted."""
         for inode, _ in inode_list:
-            self._tree.forget(inode)
+            self._files.forget(inode)
 
     @replies
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:  # noqa: ARG002
@@ -158,46 +135,52 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Make a FIFO, socket, device or empty file."""
-        self._may_write()
         parent = self._tree.node(parent_inode)
-        return self._entry(*self._tree.mknod(parent, name, mode, rdev, ctx.uid, ctx.gid))
+        if self._changes(Entry(journal.MKNOD, parent_inode, name)):
+            return self._entry(*self._tree.mknod(parent, name, mode, rdev, ctx.uid, ctx.gid))
+        return self._entry(*self._tree.made(parent, name, mode, ctx.uid, ctx.gid))
 
     @replies
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Make a directory."""
-        self._may_write()
-        return self._entry(*self._tree.mkdir(self._tree.node(parent_inode), name, mode, ctx.uid, ctx.gid))
+        parent = self._tree.node(parent_inode)
+        if self._changes(Entry(journal.MKDIR, parent_inode, name)):
+            return self._entry(*self._tree.mkdir(parent, name, mode, ctx.uid, ctx.gid))
+        return self._entry(*self._tree.made(parent, name, stat.S_IFDIR, ctx.uid, ctx.gid))
 
     @replies
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Make a symbolic link."""
-        self._may_write()
-        return self._entry(*self._tree.symlink(self._tree.node(parent_inode), name, target, ctx.uid, ctx.gid))
+        parent = self._tree.node(parent_inode)
+        if self._changes(Entry(journal.SYMLINK, parent_inode, name)):
+            return self._entry(*self._tree.symlink(parent, name, target, ctx.uid, ctx.gid))
+        return self._entry(*self._tree.made(parent, name, stat.S_IFLNK, ctx.uid, ctx.gid))
 
     @replies
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext  # noqa: ARG002
     ) -> pyfuse3.EntryAttributes:  # fmt: skip
         """Give a node another name."""
-        self._may_write()
-        node, found = self._tree.link(self._tree.node(inode), self._tree.node(new_parent_inode), new_name)
-        return self._entry(node, found)
+        new_parent = self._tree.node(new_parent_inode)
+        if self._changes(Entry(journal.LINK, inode, b"", new_parent_inode, new_name)):
+            return self._entry(*self._tree.link(self._tree.node(inode), new_parent, new_name))
+        return self._entry(*self._tree.lookup(new_parent, new_name))
 
     @replies
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002
         """Remove a name."""
-        self._may_write()
-        self._tree.unlink(self._tree.node(parent_inode), name)
+        if self._changes(Entry(journal.UNLINK, parent_inode, name)):
+            self._tree.unlink(self._tree.node(parent_inode), name)
 
     @replies
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002
         """Remove an empty directory."""
-        self._may_write()
-        self._tree.rmdir(self._tree.node(parent_inode), name)
+        if self._changes(Entry(journal.RMDIR, parent_inode, name)):
+            self._tree.rmdir(self._tree.node(parent_inode), name)
 
     @replies
     async def rename(
@@ -205,9 +188,9 @@ class Operations(pyfuse3.Operations):
         flags: int, ctx: pyfuse3.RequestContext,  # noqa: ARG002
     ) -> None:  # fmt: skip
         """Move a name; RENAME_NOREPLACE and RENAME_EXCHANGE are the backing file system's."""
-        self._may_write()
-        tree = self._tree
-        tree.rename(tree.node(parent_inode_old), name_old, tree.node(parent_inode_new), name_new, flags)
+        if self._changes(Entry(journal.RENAME, parent_inode_old, name_old, parent_inode_new, name_new, flags=flags)):
+            old, new = self._tree.node(parent_inode_old), self._tree.node(parent_inode_new)
+            self._tree.rename(old, name_old, new, name_new, flags)
 
     # -- attributes
 
@@ -224,7 +207,7 @@ class Operations(pyfuse3.Operations):
             while not self._files.truncate(node, attr.st_size, _GROW):
                 await trio.lowlevel.checkpoint()
             self._files.detach(node)
-        if fields.update_uid or fields.update_gid or not _changes(fields):
+        if fields.update_uid or fields.update_gid or not _sets(fields):
             tree.chown(node, attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1)
         if fields.update_mode:
             tree.chmod(node, attr.st_mode)
@@ -239,13 +222,8 @@ class Operations(pyfuse3.Operations):
 
     @replies
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:  # noqa: ARG002
-        """Return the backing file system's figures; nats-server computes free space as f_bavail * f_bsize."""
-        disk = self._tree.io.statvfs(self._tree.root_fd)
-        figures = pyfuse3.StatvfsData()
-        figures.f_bsize = figures.f_frsize = disk.f_frsize
-        for name in ("f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"):
-            setattr(figures, name, getattr(disk, name))
-        return figures
+        """Return the backing file system's figures."""
+        return figures_of(self._tree.io.statvfs(self._tree.root_fd))
 
     # -- contents
 
@@ -286,9 +264,8 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Make and open a regular file."""
-        self._may_write()
         parent = self._tree.node(parent_inode)
-        exclusive = bool(flags & os.O_EXCL)
+        exclusive = self._changes(Entry(journal.CREATE, parent_inode, name)) and bool(flags & os.O_EXCL)
         node, fd, found = self._tree.create(parent, name, mode, ctx.uid, ctx.gid, exclusive=exclusive)
         if node.file is None:
             self._files.adopt(node, fd, writable=True, found=found)
@@ -392,7 +369,7 @@ def _directory(fh: int) -> int:
     return fh & ((1 << _DIRECTORY_SHIFT) - 1) if fh >> _DIRECTORY_SHIFT < _DIRECTORY_SERIALS else fh
 
 
-def _changes(fields: pyfuse3.SetattrFields) -> bool:
+def _sets(fields: pyfuse3.SetattrFields) -> bool:
     """Tell whether anything is to be set: chown(-1, -1) sets nothing, and moves ctime all the same."""
     return bool(fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime)
 

@@ -74,6 +74,10 @@ class Keys:
         """Return the 32-byte volume key of an epoch. Raises KeyError."""
         return self._volume_keys[epoch]
 
+    def secrets(self) -> tuple[bytes, dict[int, bytes]]:
+        """Return the keyring key and the volume keys by epoch, for the memory that outlives a worker (keymemory.py)."""
+        return self._keyring_key, self._volume_keys
+
     def derive(self, info: bytes, length: int = 32) -> bytes:
         """Derive a key for the purpose that `info` names: HKDF-SHA-256 of the keyring key, without salt."""
         return _hkdf(self._keyring_key, info, length)

@@ -1,43 +1,23 @@
-"""A mount's life: what must hold before, starting, serving, stopping so that nothing is lost, and being left dead on a crash."""
+"""Starting a mount: what must hold before, and the supervisor that takes it from there."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import logging
-import logging.handlers
 import os
-import resource
-import signal
-import subprocess
-import time
+import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-import pyfuse3
-import trio
-
-from encfs_js import errors, redo, session, state
-from encfs_js.backing import Backing
+from encfs_js import errors, keymemory, state
 from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAStoreError, StoreUnsuitableError
-from encfs_js.files import Files
-from encfs_js.fs import Operations
-from encfs_js.guard import Guard
 from encfs_js.mounts import FS_TYPE, mounts
-from encfs_js.reserve import Reserve
-from encfs_js.sealed import FileKeys
-from encfs_js.tree import Tree
 
 if TYPE_CHECKING:
     from encfs_js.format import Suite
     from encfs_js.keyring import Keys
 
-log: Final = logging.getLogger("encfs_js")
-_RETRY_UNMOUNT: Final = 0.5
-_HOUSEKEEPING: Final = 5.0
-# Each may wait for a disk (a sync, a cold read) while the others go on; each has a buffer of 1 MiB.
-_TASKS: Final = 24
+_KEY_VARIABLE: Final = "JS_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,27 +84,26 @@ def check_mountpoint(store: str, mountpoint: str) -> None:
 def mount(options: Options, keys: Keys, *, foreground: bool) -> int:
     """Mount and serve until unmounted. In the background: return 0 as soon as the mount serves.
 
-    Raises an EncfsError when it cannot be mounted; then nothing in the store was changed.
+    In the foreground this process becomes the supervisor, and the function does not return. Raises an EncfsError when it
+    cannot be mounted; then nothing in the store was changed.
     """
     check_store(options.store)
     check_mountpoint(options.store, options.mountpoint)
     options = replace(options, store=os.path.realpath(options.store), mountpoint=os.path.realpath(options.mountpoint))
     if foreground:
-        return _serve(options, keys, None)
+        _become_supervisor(options, keys, None)
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
         return _await_start(reader)
     os.close(reader)
     os.setsid()
-    code = 1
     try:
-        code = _serve(options, keys, writer)
+        _become_supervisor(options, keys, writer)
     except EncfsError as exc:
-        report = {"error": type(exc).__name__, "message": str(exc), "hint": exc.hint}
-        os.write(writer, json.dumps(report).encode())
+        os.write(writer, json.dumps(exc.as_json()).encode())
     finally:
-        os._exit(code)
+        os._exit(1)
 
 
 def _await_start(reader: int) -> int:
@@ -139,219 +118,62 @@ def _await_start(reader: int) -> int:
     raise kind(report["message"], hint=report["hint"])
 
 
-def _detach_from_terminal() -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.chdir("/")
+def worker_options(options: Options, *, foreground: bool) -> dict[str, Any]:
+    """Return what a worker has to know, as JSON has it."""
+    return {
+        "store": options.store,
+        "mountpoint": options.mountpoint,
+        "cipher": options.cipher.label if options.cipher is not None else None,
+        "read_only": options.read_only,
+        "writeback": options.writeback,
+        "log_file": options.log_file,
+        "foreground": foreground,
+    }
 
 
-def configure_log(options: Options, *, foreground: bool) -> None:
-    """Send the log to the file that was asked for, else to stderr (journald priorities under systemd), else to syslog."""
-    handler: logging.Handler
-    if options.log_file is not None:
-        handler = logging.FileHandler(options.log_file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    elif foreground:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_JournalFormatter() if os.environ.get("JOURNAL_STREAM") else _LINE)
-    elif os.path.exists("/dev/log"):
-        handler = logging.handlers.SysLogHandler("/dev/log")
-        handler.setFormatter(logging.Formatter("encfs-js[%(process)d]: %(message)s"))
-    else:
-        handler = logging.NullHandler()
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
+def _become_supervisor(options: Options, keys: Keys, ready: int | None) -> NoReturn:
+    """Take the store, and put the supervisor in the place of this process, with the keys in memory that it inherits.
 
-
-_LINE: Final = logging.Formatter("encfs-js: %(levelname)s: %(message)s")
-_PRIORITIES: Final = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
-
-
-class _JournalFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).splitlines() or [""]
-        priority = _PRIORITIES.get(record.levelno, 5)
-        return "\n".join(f"<{priority}>{line}" for line in lines)
-
-
-def _limits() -> None:
-    """As many descriptors as we may have (one an open file), no core dump (it would hold keys), modes as callers give them."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.umask(0)
-
-
-def _serve(options: Options, keys: Keys, ready: int | None) -> int:
-    configure_log(options, foreground=ready is None)
-    _limits()
-    io = Backing()
-    held = state.lock(options.store, options.mountpoint, _now().isoformat(timespec="seconds"))
-    tree = Tree(io, options.store, Guard(options.store), give_to_caller=os.geteuid() == 0)
-    redo_key = keys.derive(redo.INFO)
-    file_keys = FileKeys(keys.volume_key, options.cipher or keys.settings.cipher, keys.settings.epoch)
-    run = state.load(options.store, keys)
-    reserve = None
-    if not options.read_only:
-        reserve = Reserve(io, tree.meta_fd)
-        run = reserve.make_room_for(lambda: state.begin(options.store, keys, time.time_ns()))
-        for line in redo.recover(io, tree.root_fd, tree.meta_fd, redo_key):
-            log.warning("%s", line)
-    files = Files(
-        tree, file_keys, run, redo_key, reserve, _now,
-        plaintext=keys.settings.plaintext == "read", writeback=options.writeback,
-    )  # fmt: skip
-    operations = Operations(tree, files, writeback=options.writeback, read_only=options.read_only)
-    before = session.fuse_descriptors()
-    try:
-        pyfuse3.init(operations, options.mountpoint, _fuse_options(options))
-    except RuntimeError:
-        if reserve is not None:
-            reserve.make_room_for(lambda: state.save(options.store, keys, replace(run, clean=True)))
-        raise MountFailedError(
-            f"{options.mountpoint}: the kernel or fusermount3 refused the mount",
-            hint="look at the line above; encfs-js mount needs /dev/fuse and the package fuse3",
-        ) from None
-    for fd in session.fuse_descriptors() - before:
-        session.answer_promptly(fd)
-    log.info(
-        "%s mounted at %s, %s, epoch %d", options.store, options.mountpoint, file_keys.suite.label, file_keys.epoch
-    )
-    try:
-        trio.run(_main, options, keys, operations, files, reserve, run, ready)
-    except BaseException:
-        # Dead, never bare: an unmounted directory would look like an empty store, and take plaintext.
-        log.critical("%s: the daemon has failed and leaves the mount dead", options.mountpoint, exc_info=True)
-        pyfuse3.close(unmount=False)
-        raise
-    pyfuse3.close(unmount=False)
-    files.close_all()
-    if reserve is not None:
-        _syncfs(tree.root_fd)
-        last = files.swept or run
-        reserve.make_room_for(lambda: state.save(options.store, keys, replace(last, clean=True)))
-    os.close(held)
-    log.info("%s unmounted", options.mountpoint)
-    return 0
-
-
-def _fuse_options(options: Options) -> set[str]:
-    chosen = {"default_permissions", "subtype=encfs_js"}
-    if options.store.isascii():
-        chosen.add("fsname=" + options.store.replace("\\", "\\\\").replace(",", "\\,"))
-    else:
-        chosen.add("fsname=encfs_js")
-    if options.allow_other:
-        chosen.add("allow_other")
-    if options.read_only:
-        chosen.add("ro")
-    return chosen
-
-
-async def _tune_when_answered(operations: Operations, mountpoint: str) -> None:
-    """Tune the mount, but not before FUSE_INIT is answered: the answer sets it all anew."""
-    await operations.answered.wait()
-    _tune(mountpoint)
-
-
-def _tune(mountpoint: str) -> None:
-    """Ask the kernel for larger reads and more requests at a time, where we may (root); it works without."""
-    device = next((m.device for m in mounts() if m.mountpoint == mountpoint and m.fs_type == FS_TYPE), None)
-    if device is None:
-        return
-    minor = device.split(":")[1]
-    for path, value in (
-        # 128 KiB reads become 1 MiB reads (18 instead of 64 for a 16 MiB file).
-        (f"/sys/class/bdi/{device}/read_ahead_kb", "1024"),
-        (f"/sys/fs/fuse/connections/{minor}/max_background", "64"),
-        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", "48"),
-    ):
-        try:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(value)
-        except OSError as exc:
-            log.debug("%s: %s", path, exc.strerror)
-
-
-# -- serving and stopping
-
-
-async def _main(
-    options: Options,
-    keys: Keys,
-    operations: Operations,
-    files: Files,
-    reserve: Reserve | None,
-    run: state.State,
-    ready: int | None,
-) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_stop_on_signal, options.mountpoint)
-        nursery.start_soon(_tune_when_answered, operations, options.mountpoint)
-        if reserve is not None:
-            nursery.start_soon(_keep_house, options, keys, files, reserve, run)
-        if ready is not None:
-            _detach_from_terminal()
-            os.write(ready, b"ready")
-            os.close(ready)
-        await pyfuse3.main(max_tasks=_TASKS)
-        nursery.cancel_scope.cancel()
-
-
-async def _stop_on_signal(mountpoint: str) -> None:
-    """Unmount on SIGTERM or SIGINT: the kernel then writes back what it holds. A second signal unmounts lazily."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        asked = 0
-        async for _ in signals:
-            asked += 1
-            while (code := await _unmount(mountpoint, lazy=asked > 1)) != 0:
-                log.warning("%s is busy: it will be unmounted when the last file is closed", mountpoint)
-                with trio.move_on_after(_RETRY_UNMOUNT):
-                    await signals.__anext__()
-                    asked += 1
-            if code == 0:
-                return
-
-
-async def _unmount(mountpoint: str, *, lazy: bool) -> int:
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), mountpoint]
-    done = await trio.run_process(
-        command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={"PATH": os.defpath}
-    )
-    return done.returncode
-
-
-async def _keep_house(options: Options, keys: Keys, files: Files, reserve: Reserve, run: state.State) -> None:
-    """After an unclean stop look at every file it may have touched; then see to the reserve from time to time.
-
-    What a disk refuses here is no reason to stop serving: it is said, and tried again.
+    Its environment, which others can read, is without the key.
     """
-    if run.windows:
-        try:
-            for _ in files.sweep():
-                await trio.lowlevel.checkpoint()
-            if not files.not_swept:
-                swept = replace(run, windows=())
-                reserve.make_room_for(lambda: state.save(options.store, keys, swept))
-                files.swept = swept
-                log.info("after the unclean stop: every file was looked at, %d were cut", files.trimmed)
-        except OSError as exc:
-            log.warning("the look at the files after the unclean stop is not finished: %s", exc.strerror)
-    while True:
-        await trio.sleep(_HOUSEKEEPING)
-        try:
-            files.refill()
-        except OSError as exc:
-            log.warning("the reserve: %s", exc.strerror)
+    held = state.lock(options.store, options.mountpoint, datetime.now(UTC).isoformat(timespec="seconds"))
+    if ready is not None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.chdir("/")
+    chosen = worker_options(options, foreground=ready is None)
+    orders = {
+        **{name: chosen[name] for name in ("store", "mountpoint", "writeback", "log_file", "foreground")},
+        "mount_options": _fuse_options(options),
+        "worker": _memory("options", chosen),
+        "keys": keymemory.keep(keys),
+        "lock": held,
+        "ready": ready,
+    }
+    number = _memory("orders", orders)
+    for inherited in (number, orders["worker"], orders["keys"], held, ready):
+        if inherited is not None:
+            os.set_inheritable(inherited, True)
+    environ = {name: value for name, value in os.environ.items() if name != _KEY_VARIABLE}
+    command = [sys.executable, "-m", "encfs_js.supervisor", options.store, options.mountpoint, str(number)]
+    os.execve(sys.executable, command, environ)  # noqa: S606
 
 
-def _syncfs(fd: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).syncfs(fd):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+def _memory(name: str, document: dict[str, Any]) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.write(fd, json.dumps(document).encode())
+    return fd
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
+def _fuse_options(options: Options) -> str:
+    chosen = ["default_permissions", "subtype=encfs_js"]
+    if options.store.isascii():
+        chosen.append("fsname=" + options.store.replace("\\", "\\\\").replace(",", "\\,"))
+    else:
+        chosen.append("fsname=encfs_js")
+    if options.allow_other:
+        chosen.append("allow_other")
+    if options.read_only:
+        chosen.append("ro")
+    return ",".join(chosen)

@@ -11,9 +11,13 @@ from __future__ import annotations
 import os
 import select
 import time
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _WAIT = "_wait_fuse_readable"
 # A caller that never lets the queue run dry must not starve signals, threads and housekeeping; a checkpoint costs 4 us.
@@ -26,20 +30,11 @@ _SOON = 150e-6
 _WORTH = 0.25
 
 
-def fuse_descriptors() -> set[int]:
-    """Return this process's descriptors of /dev/fuse."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                found.add(int(name))
-        except OSError:
-            continue  # the descriptor of the listing itself
-    return found
+def answer_promptly(fd: int, answered: Callable[[], None]) -> bool:
+    """Replace pyfuse3's wait for the next request on the session's descriptor `fd`. Returns whether that was possible.
 
-
-def answer_promptly(fd: int) -> bool:
-    """Replace pyfuse3's wait for the next request on the session's descriptor `fd`. Returns whether that was possible."""
+    answered: is called when the requests read so far were answered or have to wait, before the next one is read.
+    """
     if not hasattr(pyfuse3, _WAIT):
         return False
     poll = select.poll()
@@ -65,6 +60,7 @@ def answer_promptly(fd: int) -> bool:
         Nothing is awaited between the last poll and the read, and nobody else reads: so the read finds its request.
         """
         nonlocal turns, soon
+        answered()
         if ready(0):
             turns += 1
             if turns % _TURNS:

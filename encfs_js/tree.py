@@ -33,12 +33,13 @@ _LONG_PATH: Final = 2048
 class Node:
     """What is known of one file. `names`: (directory, name) by which it was found; directories have at most one.
 
-    file, fd: the content, while open. opens: how many FUSE handles; cached_writers, direct_writers: those of them that
-    write, through the kernel's cache or past it. size: plain size in bytes when last closed, None if never looked at.
-    mtime_ns: one that is still to be set on the backing file (times.py).
-    checked: the crash rule was applied. dated: its inode on the disk has a ctime of this run. held: an O_PATH descriptor
-    of a file that lost its last name while the kernel still knew it, -1 otherwise. anchor: one of a directory that lies
-    deep, from which paths below it start, or -1.
+    generation: None until the kernel asks. file, fd: the content, while open. opens: how many FUSE handles;
+    cached_writers, direct_writers: those of them that write, through the kernel's cache or past it. size: plain size in
+    bytes when last closed, None if never looked at. mtime_ns: one that is still to be set on the backing file (times.py).
+    checked: the crash rule was applied. dated: its inode on the disk has a ctime of this run. held: an O_PATH descriptor of
+    a file that lost its last name while the kernel still knew it, -1 otherwise. handed: the supervisor keeps it open, too.
+    unsure: the kernel may have it open from the time of a worker before this one. anchor: an O_PATH descriptor of a directory
+    that lies deep, from which paths below it start, or -1.
     """
 
     __slots__ = (
@@ -51,18 +52,20 @@ class Node:
         "fd",
         "file",
         "generation",
+        "handed",
         "held",
         "ino",
         "mtime_ns",
         "names",
         "opens",
         "size",
+        "unsure",
         "writable",
     )
 
-    def __init__(self, ino: int, generation: int) -> None:
+    def __init__(self, ino: int) -> None:
         self.ino = ino
-        self.generation = generation
+        self.generation: int | None = None
         self.names: list[tuple[Node, bytes]] = []
         self.children: dict[bytes, Node] = {}
         self.file: SealedFile | PlainFile | None = None
@@ -75,6 +78,8 @@ class Node:
         self.mtime_ns: int | None = None
         self.checked = False
         self.dated = False
+        self.unsure = False
+        self.handed = False
         self.held = -1
         self.anchor = -1
 
@@ -97,7 +102,11 @@ class Tree:
         self.meta_fd = io.open(HIDDEN, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.root_fd)
         self._dev = io.fstat(self.root_fd).st_dev
         self._give = give_to_caller
-        self.root = Node(ROOT, 0)
+        # Called before an open file loses its last name, and when nobody has it any more: who else is to keep it open.
+        self.hand_over: Callable[[int, int], None] = lambda _ino, _fd: None
+        self.let_go: Callable[[int], None] = lambda _ino: None
+        self.root = Node(ROOT)
+        self.root.generation = 0
         self.nodes = {ROOT: self.root}
 
     # -- finding
@@ -167,7 +176,9 @@ class Tree:
             raise _error(errno.EXDEV)
         node = self.nodes.get(found.st_ino)
         if node is None:
-            node = self.nodes[found.st_ino] = Node(found.st_ino, self.io.generation(fd, path))
+            node = self.nodes[found.st_ino] = Node(found.st_ino)
+        if node.generation is None:
+            node.generation = self.io.generation(fd, path)
         known = (parent, name)
         if known not in node.names:
             if stat.S_ISDIR(found.st_mode):
@@ -218,7 +229,7 @@ class Tree:
             raise _error(errno.EPERM)
         return self.child(parent, name)
 
-    def _made(self, parent: Node, name: bytes, mode: int, uid: int, gid: int) -> tuple[Node, os.stat_result]:
+    def made(self, parent: Node, name: bytes, mode: int, uid: int, gid: int) -> tuple[Node, os.stat_result]:
         """Give what was just made to its maker, as the kernel would: the group is the directory's where that says so."""
         if self._give and (uid or gid):
             fd, path = self.child(parent, name)
@@ -236,7 +247,7 @@ class Tree:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_EXCL if exclusive else 0)
         fd = self.io.open(path, flags, stat.S_IMODE(mode), dir_fd=at)
         try:
-            node, found = self._made(parent, name, mode, uid, gid)
+            node, found = self.made(parent, name, mode, uid, gid)
         except BaseException:
             self.io.close(fd)
             raise
@@ -246,19 +257,19 @@ class Tree:
         """Make a directory."""
         fd, path = self._new(parent, name)
         self.io.mkdir(path, stat.S_IMODE(mode), dir_fd=fd)
-        return self._made(parent, name, stat.S_IFDIR, uid, gid)
+        return self.made(parent, name, stat.S_IFDIR, uid, gid)
 
     def mknod(self, parent: Node, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> tuple[Node, os.stat_result]:
         """Make a FIFO, a socket, a device or a regular file."""
         fd, path = self._new(parent, name)
         self.io.mknod(path, mode, rdev, dir_fd=fd)
-        return self._made(parent, name, mode, uid, gid)
+        return self.made(parent, name, mode, uid, gid)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, uid: int, gid: int) -> tuple[Node, os.stat_result]:
         """Make a symbolic link."""
         fd, path = self._new(parent, name)
         self.io.symlink(target, path, dir_fd=fd)
-        return self._made(parent, name, stat.S_IFLNK, uid, gid)
+        return self.made(parent, name, stat.S_IFLNK, uid, gid)
 
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         """Give the node one more name. Raises OSError ENOENT when it has none left."""
@@ -322,12 +333,16 @@ class Tree:
         It also keeps the inode number from being used again. The kernel forgets it at once when nobody has it.
         """
         node = parent.children.get(name)
-        if node is None or node.fd >= 0 or len(node.names) > 1:
+        if node is None or len(node.names) > 1:
             return -1
         try:
-            return self.open(node, os.O_PATH)
+            held = -1 if node.fd >= 0 else self.open(node, os.O_PATH)
         except OSError:
             return -1  # the removal itself will say what is wrong
+        if node.fd >= 0 or node.unsure:
+            self.hand_over(node.ino, held if held >= 0 else node.fd)
+            node.handed = True
+        return held
 
     def _unless(self, held: int, call: Callable[..., None], *args: object, **kwargs: object) -> None:
         try:
@@ -344,14 +359,6 @@ class Tree:
         node.names.remove((parent, name))
         node.held = held
         self.drop_if_gone(node)
-
-    def forget(self, ino: int) -> None:
-        """Let go of a node that the kernel has forgotten, if it has no name."""
-        node = self.nodes.get(ino)
-        if node is not None and not node.names and node.held >= 0:
-            self.io.close(node.held)
-            node.held = -1
-            self.drop_if_gone(node)
 
     def drop_if_gone(self, node: Node) -> None:
         """Take a node without a name out of the table, unless it is open or held."""

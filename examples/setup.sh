@@ -1,4 +1,4 @@
-# Makes this directory ready to run: Debian's packages, and .venv with encfs_js and what its tests need.
+# Makes this directory ready to run: Debian's packages, /etc/mtab, and .venv with encfs_js and what its tests need.
 # Sourced by examples/quickstart.sh and tests/run.sh, which set `root` to the top of the repository.
 #
 # Nothing is done that is done already, so a second run needs neither the network nor sudo.
@@ -8,21 +8,36 @@ refuse() {
     exit 1
 }
 
+# become_root MISSING COMMAND: set `as_root` to what runs a command as root. A user without sudo is told the COMMAND.
+become_root() {
+    as_root=()
+    [ "$(id -u)" -eq 0 ] && return
+    command -v sudo >/dev/null || refuse "missing: $1. Let root do it: $2"
+    as_root=(sudo)
+}
+
 # install_packages NAME...: install the Debian packages among these that are missing.
 install_packages() {
-    local name missing=() as_root=()
+    local name missing=() as_root
     for name in "$@"; do
         dpkg-query -W -f '${db:Status-Abbrev}' "$name" 2>/dev/null | grep -q '^ii' || missing+=("$name")
     done
     [ ${#missing[@]} -eq 0 ] && return
-    if [ "$(id -u)" -ne 0 ]; then
-        command -v sudo >/dev/null || refuse "missing: ${missing[*]}. Install them as root: apt-get install ${missing[*]}"
-        as_root=(sudo)
-    fi
+    become_root "${missing[*]}" "apt-get install ${missing[*]}"
     printf 'Installing Debian packages: %s\n' "${missing[*]}" >&2
     "${as_root[@]}" apt-get update -qq >&2 || refuse 'apt-get update failed'
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -o Dpkg::Use-Pty=0 --no-install-recommends "${missing[@]}" >&2 ||
         refuse "apt-get install ${missing[*]} failed"
+}
+
+# link_mtab: make /etc/mtab, without which fusermount3 unmounts nothing for a user. systemd makes it, and so do most
+# containers; a tree that debootstrap made has none.
+link_mtab() {
+    local as_root
+    [ -e /etc/mtab ] && return
+    become_root /etc/mtab 'ln -s ../proc/self/mounts /etc/mtab'
+    printf 'Linking /etc/mtab to /proc/self/mounts\n' >&2
+    "${as_root[@]}" ln -s ../proc/self/mounts /etc/mtab || refuse '/etc/mtab could not be made'
 }
 
 # choose_python: print a Python that is new enough, the system's if it can be.
@@ -61,6 +76,7 @@ set_up() {
     exec 9<"$root/pyproject.toml"
     flock 9
     install_packages fuse3 libfuse3-dev pkg-config build-essential python3-venv python3-dev "$@"
+    link_mtab
     make_venv
     exec 9<&-
     [ -e /dev/fuse ] || refuse '/dev/fuse is missing: load the kernel module fuse, or give the container the device'

@@ -11,11 +11,12 @@ import encfs_js
 
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
-    __init__ errors format backing mounts keydocument keyring keysource config sealed crash redo state guard reserve
-    tree times files pace fs session mount inspect verify
+    __init__ errors logs hygiene wire notify control fusemount journal resend supervisor
+    format backing mounts keydocument keyring keysource config keymemory sealed crash redo state guard reserve
+    tree times opening files revive pace reply fs session worker mount inspect verify
     cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_verify cli __main__
 """.split()  # noqa: SIM905
-FUSE = {"fs", "pace", "session", "mount"}
+FUSE = {"fs", "pace", "reply", "session", "worker"}
 ONLY = {"pyfuse3": FUSE, "trio": FUSE, "click": {room for room in ROOMS if room.startswith("cli")}}
 PACKAGE = os.path.dirname(encfs_js.__file__)
 FOUND = sorted(name.removesuffix(".py") for name in os.listdir(PACKAGE) if name.endswith(".py"))

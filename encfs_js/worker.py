@@ -1,0 +1,278 @@
+"""A worker: the process that serves the requests of a mount, for as long as it lives.
+
+It is started by the supervisor, loads everything, and waits. Told to prepare, it opens the store; told to serve, it gets
+/dev/fuse. The first worker of a mount begins a run of the store (state.py) and the last one ends it; those between go on
+where a dead one has stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import mmap
+import os
+import resource
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import pyfuse3
+import trio
+
+from encfs_js import hygiene, journal, keymemory, logs, redo, resend, revive, session, state, wire
+from encfs_js.backing import Backing
+from encfs_js.errors import EncfsError, MountFailedError
+from encfs_js.files import Files
+from encfs_js.format import Suite
+from encfs_js.fs import Operations
+from encfs_js.guard import Guard
+from encfs_js.mounts import FS_TYPE, mounts
+from encfs_js.reserve import Reserve
+from encfs_js.sealed import FileKeys
+from encfs_js.tree import Tree
+
+if TYPE_CHECKING:
+    from encfs_js.keyring import Keys
+
+log: Final = logging.getLogger("encfs_js")
+_BEAT: Final = 0.5
+_HOUSEKEEPING: Final = 5.0
+# Each may wait for a disk (a sync, a cold read) while the others go on; each has a buffer of 1 MiB.
+_TASKS: Final = 24
+
+
+@dataclass(slots=True)
+class World:
+    """The rooms of a mounted store, wired. reserve: None for a mount that is read-only."""
+
+    options: dict[str, Any]
+    keys: Keys
+    tree: Tree
+    files: Files
+    reserve: Reserve | None
+    run: state.State
+
+
+def prepare(options: dict[str, Any], keys: Keys, io: Backing, *, resumed: bool) -> World:
+    """Open the store: begin a run, or go on with the one of a worker that died (resumed).
+
+    Raises EncfsError and OSError; a run that was begun is then ended again.
+    """
+    store, read_only = options["store"], options["read_only"]
+    tree = Tree(io, store, Guard(store), give_to_caller=os.geteuid() == 0)
+    redo_key = keys.derive(redo.INFO)
+    suite = Suite.from_name(options["cipher"]) if options["cipher"] else keys.settings.cipher
+    file_keys = FileKeys(keys.volume_key, suite, keys.settings.epoch)
+    run = state.load(store, keys)
+    reserve = None
+    if not read_only:
+        reserve = Reserve(io, tree.meta_fd)
+        if not resumed:
+            run = reserve.make_room_for(lambda: state.begin(store, keys, time.time_ns()))
+        for line in redo.recover(io, tree.root_fd, tree.meta_fd, redo_key):
+            log.warning("%s", line)
+    files = Files(
+        tree, file_keys, run, redo_key, reserve, lambda: datetime.now(UTC),
+        plaintext=keys.settings.plaintext == "read", writeback=options["writeback"],
+    )  # fmt: skip
+    if resumed:
+        files.resumed = not read_only
+        revive.walk(tree)
+    log.info("%s opened, %s, epoch %d", store, suite.label, keys.settings.epoch)
+    return World(options, keys, tree, files, reserve, run)
+
+
+def end_run(world: World) -> None:
+    """Note that all is on the disk and the run ended well."""
+    if world.reserve is not None:
+        last = replace(world.files.swept or world.run, clean=True)
+        world.reserve.make_room_for(lambda: state.save(world.options["store"], world.keys, last))
+
+
+# -- serving
+
+
+def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init: bytes, *, resumed: bool) -> None:
+    """Serve the mount until it is unmounted.
+
+    libfuse wants FUSE_INIT first, which the kernel sends once per mount: it gets a copy through a socket, and /dev/fuse in the
+    place of that socket before it answers. The answer to a copy has a number that the kernel does not know, and is dropped.
+    """
+    notes = journal.Journal(memory)
+    repeated = None
+    if resumed:
+        requests, forgotten = resend.unanswered(fuse)
+        noted = notes.noted()
+        if (
+            noted is not None
+            and any(noted.same_request(request) for request in requests)
+            and revive.done(world.tree, noted)
+        ):
+            repeated = noted
+        for ino in forgotten:
+            world.files.forget(ino)
+    operations = Operations(
+        world.tree, world.files, notes, repeated,
+        writeback=world.options["writeback"], read_only=world.options["read_only"],
+    )  # fmt: skip
+    kernel, libfuse = wire.pair()
+    kernel.send(resend.copy_of_init(init) if resumed else init)
+    place = libfuse.detach()
+
+    def answering() -> None:
+        os.dup2(fuse, place, inheritable=False)
+        if resumed:
+            resend.resend(place)
+        wire.send(sock, {"is": "serving"})
+
+    operations.answering = answering
+    pyfuse3.init(operations, f"/dev/fd/{place}", set())
+    session.answer_promptly(place, notes.strike)
+    try:
+        trio.run(_main, world, sock, operations)
+    except BaseException:
+        log.critical("%s: the worker has failed", world.options["mountpoint"], exc_info=True)
+        raise
+    pyfuse3.close(unmount=False)
+    world.files.close_all()
+    _syncfs(world.tree.root_fd)
+
+
+async def _main(world: World, sock: socket.socket, operations: Operations) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_beat, sock)
+        nursery.start_soon(_tune_when_answered, operations, world.options["mountpoint"])
+        if world.reserve is not None:
+            nursery.start_soon(_keep_house, world, world.reserve)
+        await pyfuse3.main(max_tasks=_TASKS)
+        nursery.cancel_scope.cancel()
+
+
+async def _beat(sock: socket.socket) -> None:
+    """Tell the supervisor that the loop turns."""
+    while True:
+        with contextlib.suppress(BlockingIOError):  # it has not read the last ones yet
+            sock.send(wire.BEAT, socket.MSG_DONTWAIT)
+        await trio.sleep(_BEAT)
+
+
+async def _tune_when_answered(operations: Operations, mountpoint: str) -> None:
+    """Tune the mount, but not before FUSE_INIT is answered: the answer sets it all anew."""
+    await operations.answered.wait()
+    _tune(mountpoint)
+
+
+def _tune(mountpoint: str) -> None:
+    device = next((m.device for m in mounts() if m.mountpoint == mountpoint and m.fs_type == FS_TYPE), None)
+    if device is None:
+        return
+    minor = device.split(":")[1]
+    for path, value in (
+        # Larger reads and more requests at a time, where we may (root); 128 KiB reads become 1 MiB reads.
+        (f"/sys/class/bdi/{device}/read_ahead_kb", "1024"),
+        (f"/sys/fs/fuse/connections/{minor}/max_background", "64"),
+        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", "48"),
+    ):
+        try:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError as exc:
+            log.debug("%s: %s", path, exc.strerror)
+
+
+async def _keep_house(world: World, reserve: Reserve) -> None:
+    """After an unclean stop look at every file it may have touched; then see to the reserve from time to time.
+
+    What a disk refuses here is no reason to stop serving: it is said, and tried again.
+    """
+    files, run = world.files, world.run
+    if run.windows:
+        try:
+            for _ in files.sweep():
+                await trio.lowlevel.checkpoint()
+            if not files.not_swept:
+                swept = replace(run, windows=())
+                reserve.make_room_for(lambda: state.save(world.options["store"], world.keys, swept))
+                files.swept = swept
+                log.info("after the unclean stop: every file was looked at, %d were cut", files.trimmed)
+        except OSError as exc:
+            log.warning("the look at the files after the unclean stop is not finished: %s", exc.strerror)
+    while True:
+        await trio.sleep(_HOUSEKEEPING)
+        try:
+            files.refill()
+        except OSError as exc:
+            log.warning("the reserve: %s", exc.strerror)
+
+
+def _syncfs(fd: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+# -- the process
+
+
+def _obey(sock: socket.socket, fds: dict[str, int], memory: mmap.mmap, options: dict[str, Any]) -> None:
+    """Do what the supervisor says, until the mount is gone."""
+    wire.send(sock, {"is": "loaded"})
+    world, resumed = None, False
+    held: dict[int, int] = {}
+    while (packet := wire.receive(sock)) is not None:
+        order, passed = packet
+        if order["do"] == "prepare":
+            resumed = order["resumed"]
+            if problem := hygiene.lock_memory():
+                (log.debug if resumed else log.warning)("keys may reach the swap: memory cannot be locked: %s", problem)
+            world = prepare(options, keymemory.take(fds["keys"]), Backing(), resumed=resumed)
+            wire.send(sock, {"is": "prepared"})
+        elif order["do"] == "hold":
+            held |= zip(order["inos"], passed, strict=True)
+        elif order["do"] == "abandon":
+            assert world is not None
+            end_run(world)
+            return
+        elif order["do"] == "serve":
+            assert world is not None
+            options["writeback"] = order["writeback"]
+            world.files.writeback = order["writeback"]
+            world.tree.hand_over = lambda ino, fd: wire.send(sock, {"is": "held", "ino": ino}, [fd])
+            world.tree.let_go = lambda ino: wire.send(sock, {"is": "forgotten", "ino": ino})
+            for ino, fd in held.items():
+                world.files.inherit(ino, fd)
+            serve(world, sock, memory, passed[0], bytes.fromhex(order["init"]), resumed=resumed)
+            end_run(world)
+            return
+
+
+def main() -> None:
+    """Run a worker. Arguments: the mountpoint, for people, and the descriptors by name as JSON."""
+    hygiene.no_dumps()
+    fds: dict[str, int] = json.loads(sys.argv[2])
+    for fd in fds.values():
+        os.set_inheritable(fd, False)
+    options = json.loads(os.pread(fds["options"], 1 << 20, 0))
+    logs.configure(options["log_file"], foreground=options["foreground"])
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one an open file
+    os.umask(0)  # modes are as callers give them
+    sock = socket.socket(fileno=fds["socket"])
+    try:
+        _obey(sock, fds, mmap.mmap(fds["journal"], journal.SIZE), options)
+    except EncfsError as exc:
+        wire.send(sock, {"is": "failed", **exc.as_json()})
+        sys.exit(exc.exit_code)
+    except OSError as exc:
+        problem = MountFailedError(f"{options['store']}: {exc.strerror or exc}", hint="look at the log of the mount")
+        wire.send(sock, {"is": "failed", **problem.as_json()})
+        raise
+
+
+if __name__ == "__main__":
+    main()
