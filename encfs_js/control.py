@@ -15,7 +15,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 log: Final = logging.getLogger("encfs_js")
 _NAME: Final = "control"
@@ -39,7 +39,7 @@ class Request:
 
 
 @contextlib.contextmanager
-def _in_meta(store: str) -> Any:
+def _in_meta(store: str) -> Iterator[str]:
     """Yield a short path of the socket: those of sockets have 107 bytes at most."""
     fd = os.open(os.path.join(store, ".encfs_js"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -69,6 +69,13 @@ def listen(
     sock.listen()
     watch(sock.fileno(), lambda: _accept(sock, on_request))
     return sock
+
+
+def close(store: str, listener: socket.socket) -> None:
+    """Take the socket away."""
+    listener.close()
+    with contextlib.suppress(OSError), _in_meta(store) as path:
+        os.unlink(path)
 
 
 def _accept(listener: socket.socket, on_request: Callable[[Request], None]) -> None:

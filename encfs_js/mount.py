@@ -14,10 +14,13 @@ from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAS
 from encfs_js.mounts import FS_TYPE, mounts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from encfs_js.format import Suite
     from encfs_js.keyring import Keys
 
 _KEY_VARIABLE: Final = "JS_KEY"
+WORKER: Final = (sys.executable, "-m", "encfs_js.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +84,22 @@ def check_mountpoint(store: str, mountpoint: str) -> None:
 # -- starting
 
 
-def mount(options: Options, keys: Keys, *, foreground: bool) -> int:
+def mount(options: Options, keys: Keys, *, foreground: bool, worker: Sequence[str] = WORKER) -> int:
     """Mount and serve until unmounted. In the background: return 0 as soon as the mount serves.
 
     In the foreground this process becomes the supervisor, and the function does not return. Raises an EncfsError when it
-    cannot be mounted; then nothing in the store was changed.
+    cannot be mounted; then nothing in the store was changed. worker: the command that starts one.
     """
     check_store(options.store)
     check_mountpoint(options.store, options.mountpoint)
-    options = replace(options, store=os.path.realpath(options.store), mountpoint=os.path.realpath(options.mountpoint))
+    options = replace(
+        options,
+        store=os.path.realpath(options.store),
+        mountpoint=os.path.realpath(options.mountpoint),
+        log_file=os.path.abspath(options.log_file) if options.log_file is not None else None,
+    )
     if foreground:
-        _become_supervisor(options, keys, None)
+        _become_supervisor(options, keys, None, worker)
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
@@ -99,7 +107,7 @@ def mount(options: Options, keys: Keys, *, foreground: bool) -> int:
     os.close(reader)
     os.setsid()
     try:
-        _become_supervisor(options, keys, writer)
+        _become_supervisor(options, keys, writer, worker)
     except EncfsError as exc:
         os.write(writer, json.dumps(exc.as_json()).encode())
     finally:
@@ -131,7 +139,7 @@ def worker_options(options: Options, *, foreground: bool) -> dict[str, Any]:
     }
 
 
-def _become_supervisor(options: Options, keys: Keys, ready: int | None) -> NoReturn:
+def _become_supervisor(options: Options, keys: Keys, ready: int | None, worker: Sequence[str]) -> NoReturn:
     """Take the store, and put the supervisor in the place of this process, with the keys in memory that it inherits.
 
     Its environment, which others can read, is without the key.
@@ -149,6 +157,7 @@ def _become_supervisor(options: Options, keys: Keys, ready: int | None) -> NoRet
         "worker": _memory("options", chosen),
         "keys": keymemory.keep(keys),
         "lock": held,
+        "program": list(worker),
         "ready": ready,
     }
     number = _memory("orders", orders)

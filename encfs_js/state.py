@@ -9,6 +9,7 @@ import hmac
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,8 @@ _FORMAT: Final = "encfs_js state"
 _INFO: Final = b"encfs_js state mac v1"
 HOUR_NS: Final = 3600 * 10**9
 _MOST_WINDOWS: Final = 16
+_ATTEMPTS: Final = 20
+_PAUSE: Final = 0.1  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,9 @@ def lock(store: str, mountpoint: str, since: str) -> int:
         if exc.errno != errno.EROFS:
             raise
         return os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
+    if not _locked(fd):
         who = holder(store) or {}
+        os.close(fd)
         at = f" at {who['mountpoint']}" if who.get("mountpoint") else ""
         raise StoreBusyError(
             f"{store} is in use by process {who.get('pid', '(unknown)')}{at} since {who.get('since', '(unknown)')}",
@@ -66,6 +67,29 @@ def lock(store: str, mountpoint: str, since: str) -> int:
     return fd
 
 
+def _locked(fd: int) -> bool:
+    """Take the lock; wait a little for the workers of a supervisor that has died: they are about to follow it."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = _entry(fd).get("pid")
+            if attempt == _ATTEMPTS - 1 or not isinstance(pid, int) or os.path.exists(f"/proc/{pid}"):
+                return False
+            time.sleep(_PAUSE)
+        else:
+            return True
+    raise AssertionError
+
+
+def _entry(fd: int) -> dict[str, object]:
+    try:
+        entry = json.loads(os.pread(fd, 4096, 0))
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
 def holder(store: str) -> dict[str, object] | None:
     """Return what the lock's holder wrote (pid, host, mountpoint, since), or None when nobody holds it."""
     try:
@@ -75,11 +99,7 @@ def holder(store: str) -> dict[str, object] | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        try:
-            entry = json.loads(os.pread(fd, 4096, 0))
-        except ValueError:
-            entry = {}
-        return entry if isinstance(entry, dict) else {}
+        return _entry(fd)
     else:
         return None
     finally:

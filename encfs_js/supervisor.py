@@ -108,8 +108,12 @@ class Supervisor:
                         worker.beat = now  # it was we who slept: a frozen machine, a debugger
             last = now
             self._look_after(now)
+        for worker in (self.standby, self.candidate):
+            if worker is not None:
+                os.kill(worker.pid, signal.SIGKILL)
+                os.waitpid(worker.pid, 0)
         if listener is not None:
-            listener.close()
+            control.close(self.orders["store"], listener)
         return self.exit_code
 
     def watch(self, fd: int, handler: Callable[[], None] | None) -> None:
@@ -151,8 +155,8 @@ class Supervisor:
                     signal.signal(number, signal.SIG_IGN)  # the mount has to be served until it is unmounted
                 for fd in fds.values():
                     os.set_inheritable(fd, True)
-                command = [sys.executable, "-m", "encfs_js.worker", self.mountpoint, json.dumps(fds)]
-                os.execve(sys.executable, command, os.environ)  # noqa: S606
+                command = [*self.orders["program"], self.mountpoint, json.dumps(fds)]
+                os.execve(command[0], command, os.environ)  # noqa: S606
             finally:
                 os._exit(127)
         theirs.close()

@@ -16,6 +16,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -219,8 +220,9 @@ def _syncfs(fd: int) -> None:
 # -- the process
 
 
-def _obey(sock: socket.socket, fds: dict[str, int], memory: mmap.mmap, options: dict[str, Any]) -> None:
+def _obey(sock: socket.socket, fds: dict[str, int], options: dict[str, Any], io: Backing) -> None:
     """Do what the supervisor says, until the mount is gone."""
+    memory = mmap.mmap(fds["journal"], journal.SIZE)
     wire.send(sock, {"is": "loaded"})
     world, resumed = None, False
     held: dict[int, int] = {}
@@ -230,7 +232,7 @@ def _obey(sock: socket.socket, fds: dict[str, int], memory: mmap.mmap, options: 
             resumed = order["resumed"]
             if problem := hygiene.lock_memory():
                 (log.debug if resumed else log.warning)("keys may reach the swap: memory cannot be locked: %s", problem)
-            world = prepare(options, keymemory.take(fds["keys"]), Backing(), resumed=resumed)
+            world = prepare(options, keymemory.take(fds["keys"]), io, resumed=resumed)
             wire.send(sock, {"is": "prepared"})
         elif order["do"] == "hold":
             held |= zip(order["inos"], passed, strict=True)
@@ -251,20 +253,21 @@ def _obey(sock: socket.socket, fds: dict[str, int], memory: mmap.mmap, options: 
             return
 
 
-def main() -> None:
-    """Run a worker. Arguments: the mountpoint, for people, and the descriptors by name as JSON."""
+def main(io: Backing | None = None) -> None:
+    """Run a worker. Last argument: the descriptors by name as JSON. io: the system calls, for tests."""
     hygiene.no_dumps()
-    fds: dict[str, int] = json.loads(sys.argv[2])
+    fds: dict[str, int] = json.loads(sys.argv[-1])
     for fd in fds.values():
         os.set_inheritable(fd, False)
     options = json.loads(os.pread(fds["options"], 1 << 20, 0))
     logs.configure(options["log_file"], foreground=options["foreground"])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one an open file
+    threading.stack_size(1 << 19)  # all of it is locked in memory
     os.umask(0)  # modes are as callers give them
     sock = socket.socket(fileno=fds["socket"])
     try:
-        _obey(sock, fds, mmap.mmap(fds["journal"], journal.SIZE), options)
+        _obey(sock, fds, options, io or Backing())
     except EncfsError as exc:
         wire.send(sock, {"is": "failed", **exc.as_json()})
         sys.exit(exc.exit_code)

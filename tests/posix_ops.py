@@ -495,9 +495,13 @@ def coarse() -> int:
 
 
 def tick() -> None:
-    """Wait until the clock that file systems stamp with has moved on."""
-    start = coarse()
-    while coarse() == start:
+    """Wait until the clock that file systems stamp with has passed this moment.
+
+    A mere step of it is not enough: since Linux 6.13 a stamp may come from the fine clock and be ahead of it, and what is
+    stamped next with the coarse clock gets that same time again.
+    """
+    start = time.time_ns()
+    while coarse() <= start:
         time.sleep(0.0005)
 
 

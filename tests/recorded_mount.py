@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
 from recording import Recording
 
-from encfs_js import cli, mount
+from encfs_js import cli, mount, worker
 
 
 class Recorded(Recording):
@@ -17,7 +18,14 @@ class Recorded(Recording):
         pass
 
 
+def serve() -> None:
+    options = json.loads(os.pread(json.loads(sys.argv[-1])["options"], 1 << 20, 0))
+    worker.main(Recorded(options["store"], os.environ["POWERCUT_SINK"]))
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "mount":
-        mount.Backing = lambda: Recorded(sys.argv[2], os.environ["POWERCUT_SINK"])
-    cli.main()
+    if sys.argv[1] == "--worker":
+        serve()
+    else:
+        mount.mount.__kwdefaults__["worker"] = (sys.executable, os.path.abspath(__file__), "--worker")
+        cli.main()
