@@ -27,6 +27,7 @@ _INTERRUPTED: Final = 130  # as a shell says it: 128 + SIGINT
 _ROOMS: Final = {
     "init": "cli_init",
     "mount": "cli_mount",
+    "reload": "cli_mount",
     "umount": "cli_status",
     "status": "cli_status",
     "verify": "cli_verify",

@@ -32,6 +32,7 @@ class Source:
     key_file: str | None
     credential: str | None
     config: configuration.Config
+    config_file: str | None = None
 
     def store(self, given: str | None) -> str:
         """Return the store: the argument of the command, else what the configuration says. Raises a usage error."""
@@ -68,7 +69,7 @@ def key_options(command: F) -> F:
         handler.setFormatter(logging.Formatter("encfs-js: warning: %(message)s"))
         logging.getLogger("encfs_js").handlers[:] = [handler]
         loaded = configuration.Config() if config is None else configuration.load(config)
-        return command(source=Source(key_file, credential, loaded), **rest)
+        return command(source=Source(key_file, credential, loaded, config), **rest)
 
     for name, metavar, text in (
         ("--config", "FILE", "Take settings and the key from this file (YAML, NATS's own words)."),

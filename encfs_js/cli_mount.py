@@ -1,17 +1,24 @@
-"""The command mount."""
+"""The commands that begin a mount and renew its worker: mount and reload."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from encfs_js import config as configuration
+from encfs_js import control
 from encfs_js import mount as room
 from encfs_js.cli_key import ORDER, Source, SuiteType, key_options
+from encfs_js.errors import ConfigError, NotMountedError, ReloadFailedError
+from encfs_js.mounts import find
 
 if TYPE_CHECKING:
     from encfs_js.format import Suite
+    from encfs_js.mounts import MountEntry
+
+_PATIENCE: Final = 120.0  # seconds: the tree of a large store is walked
 
 
 @click.command(epilog=ORDER)
@@ -62,6 +69,8 @@ def mount(
     room.check_store(store)
     room.check_mountpoint(store, mountpoint)
     _, keys = source.unlock(store)
+    given = {"cipher": cipher, "log_file": log_file, "allow_other": allow_other, "writeback": writeback}
+    given["read_only"] = read_only or None
     if allow_other is None:
         allow_other = os.geteuid() == 0 if config.allow_other is None else config.allow_other
     if writeback is None:
@@ -74,5 +83,65 @@ def mount(
         writeback=writeback,
         allow_other=allow_other,
         log_file=log_file or config.log_file,
+        config=source.config_file,
+        given=tuple(name for name, value in given.items() if value is not None),
     )
     return room.mount(options, keys, foreground=foreground)
+
+
+@click.command()
+@click.argument("mountpoint")
+def reload(mountpoint: str) -> None:
+    """Go on serving MOUNTPOINT with the code and configuration now installed.
+
+    A new worker takes the place of the one that serves. Nothing is unmounted, and whoever uses the mount sees a pause of a
+    fraction of a second. The configuration file that
+    the mount was made with is read again. What it cannot change in a mount that stands is an error.
+    """
+    entry = find(mountpoint)
+    if entry is None:
+        raise NotMountedError(
+            f"{mountpoint}: no encfs_js store is mounted there", hint="`encfs-js status` lists what is mounted."
+        )
+    options = _ask(entry, {"do": "status"})["options"]
+    if options["config"] is not None:
+        options = _renewed(options, configuration.load(options["config"], with_key=False))
+    answer = _ask(entry, {"do": "reload", "options": options})
+    print(f"{entry.mountpoint} is served by the new worker {answer['worker']}.")
+
+
+def _renewed(options: dict[str, Any], config: configuration.Config) -> dict[str, Any]:
+    """Return a worker's options with what the configuration says now. Raises ConfigError for what needs a new mount."""
+    cipher = config.jetstream.cipher
+    wanted = {
+        "cipher": cipher.label if cipher is not None else None,
+        "log_file": os.path.abspath(config.log_file) if config.log_file is not None else None,
+        "read_only": config.read_only,
+        "writeback": config.writeback is not False,
+        "allow_other": os.geteuid() == 0 if config.allow_other is None else config.allow_other,
+    }
+    changed = {name: value for name, value in wanted.items() if name not in options["given"] and value != options[name]}
+    for name in ("read_only", "writeback", "allow_other"):
+        if name in changed:
+            raise ConfigError(
+                f"{options['config']}: $.{name}: cannot change in a mount that stands",
+                hint=f"encfs-js umount {options['mountpoint']}, and mount again.",
+            )
+    return options | changed
+
+
+def _ask(entry: MountEntry, message: dict[str, Any]) -> dict[str, Any]:
+    try:
+        answer = control.ask(entry.source, message, _PATIENCE)
+    except OSError as problem:
+        raise ReloadFailedError(
+            f"{entry.mountpoint}: its daemon does not answer: {problem.strerror or problem}",
+            hint=f"encfs-js status {entry.mountpoint} shows whether it lives. Run the command as root or as who mounted it.",
+        ) from None
+    if not answer["ok"]:
+        reason = answer.get("message") or answer["how"]
+        raise ReloadFailedError(
+            f"{entry.mountpoint}: {reason}; the mount goes on as before",
+            hint=answer.get("hint") or "the log of the mount says more",
+        )
+    return answer

@@ -97,11 +97,11 @@ _EXPECTED = {
 _HINT = "examples/encfs-js.yaml describes every name and its values."
 
 
-def load(path: str, *, environ: MutableMapping[str, str] = os.environ) -> Config:
+def load(path: str, *, environ: MutableMapping[str, str] = os.environ, with_key: bool = True) -> Config:
     """Read and check a configuration file; warn when others can read a key that stands in it.
 
     environ: where `key: $VAR` looks. The variable is removed from it, so that no child process gets the key.
-    Raises ConfigError, and KeyMissingError for a key that is given and empty.
+    with_key: False leaves the key out, unread. Raises ConfigError, and KeyMissingError for a key that is given and empty.
     """
     try:
         with open(path, "rb") as file:
@@ -111,7 +111,7 @@ def load(path: str, *, environ: MutableMapping[str, str] = os.environ) -> Config
         reason = problem.strerror if isinstance(problem, OSError) else "not a path"
         raise ConfigError(f"{path}: {reason}", hint="Check the path that --config names.") from None
     try:
-        config, secret = _parse(text, environ)
+        config, secret = _parse(text, environ, with_key=with_key)
     except (ConfigError, KeyMissingError) as problem:
         raise type(problem)(f"{path}: {problem}", hint=problem.hint) from None
     if config.jetstream.tpm is not None:
@@ -124,7 +124,7 @@ def load(path: str, *, environ: MutableMapping[str, str] = os.environ) -> Config
     return config
 
 
-def _parse(text: bytes, environ: MutableMapping[str, str]) -> tuple[Config, bool]:
+def _parse(text: bytes, environ: MutableMapping[str, str], *, with_key: bool = True) -> tuple[Config, bool]:
     """Return the configuration, and whether a secret stands in the text itself."""
     raw = _names(_read_yaml(text), "$", _TOP_NAMES)
     secret = False
@@ -140,6 +140,8 @@ def _parse(text: bytes, environ: MutableMapping[str, str]) -> tuple[Config, bool
                     "$.jetstream: key and tpm exclude each other",
                     hint="Keep one of the two, as nats-server demands, too.",
                 )
+        if not with_key:
+            block.pop("key", None)
         if "key" in block:
             block["key"], literal = _key(block["key"], environ)
             secret = secret or literal

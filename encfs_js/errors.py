@@ -136,6 +136,12 @@ class WorkersFailedError(EncfsError):
     exit_code = 27
 
 
+class ReloadFailedError(EncfsError):
+    """The new worker could not take over, or nobody could be asked. The mount goes on as it was."""
+
+    exit_code = 28
+
+
 class FormatError(EncfsError):
     """Bytes that are no sealed file of this format version. Opaque on purpose, like IntegrityError."""
 

@@ -25,7 +25,10 @@ WORKER: Final = (sys.executable, "-m", "encfs_js.worker")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to mount. cipher: for new files, None for what the keyring says. log_file: None for stderr or syslog."""
+    """How to mount. cipher: for new files, None for what the keyring says. log_file: None for stderr or syslog.
+
+    config: the file that a reload reads again; given: what the command line says and no configuration can change.
+    """
 
     store: str
     mountpoint: str
@@ -34,6 +37,8 @@ class Options:
     writeback: bool = True
     allow_other: bool = False
     log_file: str | None = None
+    config: str | None = None
+    given: tuple[str, ...] = ()
 
 
 # -- what must hold before
@@ -97,6 +102,7 @@ def mount(options: Options, keys: Keys, *, foreground: bool, worker: Sequence[st
         store=os.path.realpath(options.store),
         mountpoint=os.path.realpath(options.mountpoint),
         log_file=os.path.abspath(options.log_file) if options.log_file is not None else None,
+        config=os.path.abspath(options.config) if options.config is not None else None,
     )
     if foreground:
         _become_supervisor(options, keys, None, worker)
@@ -134,7 +140,10 @@ def worker_options(options: Options, *, foreground: bool) -> dict[str, Any]:
         "cipher": options.cipher.label if options.cipher is not None else None,
         "read_only": options.read_only,
         "writeback": options.writeback,
+        "allow_other": options.allow_other,
         "log_file": options.log_file,
+        "config": options.config,
+        "given": options.given,
         "foreground": foreground,
     }
 

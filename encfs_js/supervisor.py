@@ -20,12 +20,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from encfs_js import control, fusemount, hygiene, journal, logs, notify, resend, wire
+from encfs_js import control, fusemount, hygiene, journal, logs, notify, resend, spawn, wire
 from encfs_js.errors import MountFailedError, WorkersFailedError
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
+
+    from encfs_js.spawn import Worker
 
 log: Final = logging.getLogger("encfs_js")
 _BEAT: Final = 0.5  # seconds between two heartbeats of a worker
@@ -33,26 +34,9 @@ _SILENCE: Final = 3.0  # seconds of it after which a worker hangs
 _START: Final = 60.0  # seconds that a worker may take to load, or to prepare: the tree of a large store is walked
 _AGAIN: Final = 0.5  # seconds until a busy mount is tried again
 _PART: Final = 200  # descriptors in one message
-_STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # A worker that dies of itself, or before it has answered anything: so many in so many seconds, and it is given up.
 _DEATHS: Final = 5
 _WINDOW: Final = 60.0
-
-
-class Worker:
-    """A worker process. beat: when it was last heard of, in seconds of the monotonic clock; answered: the count it began at."""
-
-    __slots__ = ("answered", "beat", "loaded", "options", "pid", "pidfd", "serving", "sock")
-
-    def __init__(self, pid: int, sock: socket.socket, options: int) -> None:
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
-        self.sock = sock
-        self.options = options
-        self.loaded = False
-        self.serving = False
-        self.answered = 0
-        self.beat = time.monotonic()
 
 
 class Supervisor:
@@ -82,7 +66,7 @@ class Supervisor:
         self.next_try = self.next_sign = 0.0
         self.exit_code: int | None = None
         self.poll = select.poll()
-        self.handlers: dict[int, Callable[[], None]] = {}
+        self.handlers: dict[int, Callable[[], object]] = {}
         self.asker: control.Request | None = None
 
     # -- the loop
@@ -90,10 +74,10 @@ class Supervisor:
     def run(self) -> int:
         """Serve until unmounted or given up. Returns the exit code."""
         awake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in _STOP:
+        for number in spawn.STOP:
             signal.signal(number, self._on_signal)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        self.watch(awake, lambda: _drain(awake))
+        self.watch(awake, lambda: os.read(awake, 4096))
         listener = control.listen(self.orders["store"], self.watch, self._on_request)
         self.active = self._spawn(self.orders["worker"])
         last = time.monotonic()
@@ -111,12 +95,12 @@ class Supervisor:
         for worker in (self.standby, self.candidate):
             if worker is not None:
                 os.kill(worker.pid, signal.SIGKILL)
-                os.waitpid(worker.pid, 0)
+                worker.reap()
         if listener is not None:
             control.close(self.orders["store"], listener)
         return self.exit_code
 
-    def watch(self, fd: int, handler: Callable[[], None] | None) -> None:
+    def watch(self, fd: int, handler: Callable[[], object] | None) -> None:
         """Call `handler` when there is something to read; None: no longer."""
         if handler is None:
             self.poll.unregister(fd)
@@ -128,7 +112,7 @@ class Supervisor:
     def _look_after(self, now: float) -> None:
         worker = self.active
         if worker is not None and now - worker.beat > (_SILENCE if worker.serving else _START):
-            if not _waits_for_disk(worker.pid):
+            if not spawn.waits_for_disk(worker.pid):
                 log.error("worker %d has not been heard of for %.0f s: it is replaced", worker.pid, now - worker.beat)
                 os.kill(worker.pid, signal.SIGKILL)
             worker.beat = now
@@ -142,27 +126,9 @@ class Supervisor:
 
     def _spawn(self, options: int) -> Worker:
         """Start a worker, which loads everything and then waits. options: a memfd with what worker.py takes."""
-        ours, theirs = wire.pair()
-        parent = os.getpid()
-        fds = {"socket": theirs.fileno(), "options": options, "journal": self.journal}
-        fds |= {name: self.orders[name] for name in ("keys", "lock")}
-        pid = os.fork()
-        if not pid:
-            try:
-                signal.set_wakeup_fd(-1)
-                hygiene.die_with_parent(parent, signal.SIGKILL)
-                for number in _STOP:
-                    signal.signal(number, signal.SIG_IGN)  # the mount has to be served until it is unmounted
-                for fd in fds.values():
-                    os.set_inheritable(fd, True)
-                command = [*self.orders["program"], self.mountpoint, json.dumps(fds)]
-                os.execve(command[0], command, os.environ)  # noqa: S606
-            finally:
-                os._exit(127)
-        theirs.close()
-        ours.setblocking(False)
-        worker = Worker(pid, ours, options)
-        self.watch(ours.fileno(), lambda: self._listen(worker))
+        fds = {"options": options, "journal": self.journal, "keys": self.orders["keys"], "lock": self.orders["lock"]}
+        worker = spawn.start([*self.orders["program"], self.mountpoint], fds)
+        self.watch(worker.sock.fileno(), lambda: self._listen(worker))
         self.watch(worker.pidfd, lambda: self._on_end(worker))
         return worker
 
@@ -259,12 +225,9 @@ class Supervisor:
     def _on_end(self, worker: Worker) -> None:
         """Deal with a worker's end."""
         self._listen(worker)  # what it said before
-        _, status = os.waitpid(worker.pid, 0)
         self.watch(worker.sock.fileno(), None)
         self.watch(worker.pidfd, None)
-        worker.sock.close()
-        os.close(worker.pidfd)
-        code = os.waitstatus_to_exitcode(status)
+        code = worker.reap()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if self.exit_code is not None:
             return
@@ -377,7 +340,7 @@ class Supervisor:
     # -- requests
 
     def _on_request(self, request: control.Request) -> None:
-        """Answer what a command asks over the control socket."""
+        """Answer what a command asks over the control socket: the status, or a reload."""
         if request.message.get("do") == "status":
             request.answer(
                 {
@@ -387,17 +350,16 @@ class Supervisor:
                     "standby": self.standby.pid if self.standby is not None and self.standby.loaded else None,
                     "takeovers": self.takeovers,
                     "writeback": self.writeback,
+                    "options": _read(self.orders["worker"]),
                 }
             )
-        elif request.message.get("do") != "reload":
-            request.answer({"ok": False, "how": "not understood"})
         elif not self.can_resend:
             request.answer({"ok": False, "how": "this kernel cannot send requests again (Linux 6.9)"})
         elif self.candidate is not None or self.active is None or not self.active.serving:
             request.answer({"ok": False, "how": "a worker is being replaced already"})
         else:
             options = os.memfd_create("options", os.MFD_CLOEXEC)
-            os.write(options, json.dumps(request.message["worker"]).encode())
+            os.write(options, json.dumps(request.message["options"]).encode())
             self.problem = {}
             self.asker = request
             self.candidate = self._spawn(options)
@@ -408,24 +370,16 @@ class Supervisor:
             self.asker = None
 
 
-def _drain(fd: int) -> None:
-    os.read(fd, 4096)
-
-
-def _waits_for_disk(pid: int) -> bool:
-    """Tell whether a process waits for a device: it cannot answer then, and cannot be killed either."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] == "D"
-    except OSError:
-        return False
+def _read(fd: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(os.pread(fd, 1 << 20, 0))
+    return found
 
 
 def main() -> None:
     """Run the supervisor. Arguments: store and mountpoint, for people, and the descriptor of its orders (mount.py)."""
     hygiene.no_dumps()
     fd = int(sys.argv[-1])
-    orders = json.loads(os.pread(fd, 1 << 20, 0))
+    orders = _read(fd)
     os.close(fd)
     for name in ("worker", "keys", "lock", "ready"):
         if orders[name] is not None:
