@@ -21,10 +21,11 @@ class Worker:
     """A worker process.
 
     options: the memfd with its options; loaded, serving: what it has said; beat: when it was last heard of, in seconds of
-    the monotonic clock; answered: how many requests had been answered when it began.
+    the monotonic clock; answered: how many requests had been answered when it began;
+    used: clock ticks of CPU when `hangs` last looked.
     """
 
-    __slots__ = ("answered", "beat", "loaded", "options", "pid", "pidfd", "serving", "sock")
+    __slots__ = ("answered", "beat", "loaded", "options", "pid", "pidfd", "serving", "sock", "used")
 
     def __init__(self, pid: int, sock: socket.socket, options: int) -> None:
         self.pid = pid
@@ -34,6 +35,7 @@ class Worker:
         self.loaded = False
         self.serving = False
         self.answered = 0
+        self.used = 0
         self.beat = time.monotonic()
 
     def reap(self) -> int:
@@ -70,10 +72,17 @@ def start(program: Sequence[str], fds: Mapping[str, int]) -> Worker:
     return Worker(pid, ours, fds["options"])
 
 
-def waits_for_disk(pid: int) -> bool:
-    """Tell whether a process waits for a device: it cannot answer then, and cannot be killed either."""
+def hangs(worker: Worker) -> bool:
+    """Tell whether a worker that is silent neither waits for a device nor has used the CPU since the last such question.
+
+    One that waits for a device cannot answer, and cannot be killed either; one that works may be sealing a large file.
+    """
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] == "D"
+        with open(f"/proc/{worker.pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
-        return False
+        return False  # it has ended: its pidfd tells
+    used = int(fields[11]) + int(fields[12])
+    idle = used == worker.used
+    worker.used = used
+    return idle and fields[0] != "D"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("encfs_js")
 _BEAT: Final = 0.5  # seconds between two heartbeats of a worker
 _SILENCE: Final = 3.0  # seconds of it after which a worker hangs
+_BUSY: Final = 120.0  # the same, while it works
 _START: Final = 60.0  # seconds that a worker may take to load, or to prepare: the tree of a large store is walked
 _AGAIN: Final = 0.5  # seconds until a busy mount is tried again
 _PART: Final = 200  # descriptors in one message
@@ -111,10 +112,11 @@ class Supervisor:
 
     def _look_after(self, now: float) -> None:
         worker = self.active
-        if worker is not None and now - worker.beat > (_SILENCE if worker.serving else _START):
-            if not spawn.waits_for_disk(worker.pid):
-                log.error("worker %d has not been heard of for %.0f s: it is replaced", worker.pid, now - worker.beat)
-                os.kill(worker.pid, signal.SIGKILL)
+        silence = now - worker.beat if worker is not None else 0.0
+        limit = _SILENCE if worker is not None and worker.serving else _START
+        if worker is not None and silence > limit and (spawn.hangs(worker) or silence > _BUSY):
+            log.error("worker %d has not been heard of for %.0f s: it is replaced", worker.pid, silence)
+            os.kill(worker.pid, signal.SIGKILL)
             worker.beat = now
         if self.asked and self.unmounting < 0 and now >= self.next_try and self.exit_code is None:
             self._unmount()

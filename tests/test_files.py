@@ -218,3 +218,36 @@ def test_mtime_a_disk_that_refuses_it_does_not_keep_a_file_from_closing(store, t
     opened.files.release(node, write=True, direct=False)
     assert node.fd == -1
     assert "could not be set: Input/output error" in caplog.text
+
+
+def test_a_descriptor_keeps_its_number_when_a_file_is_opened_for_writing_as_well(store, tmp_path: Path) -> None:
+    """A thread may be syncing it at that moment."""
+
+    class Grudging(Backing):
+        refusing = True
+
+        def open(self, path, flags, *args, **more):
+            if self.refusing and flags & os.O_RDWR:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            return os.open(path, flags, *args, **more)
+
+    (tmp_path / "account" / BLOCK).touch()
+    plain = store()
+    plain.files.open(plain.node("account/" + BLOCK), write=True)
+    plain.files.write(plain.node("account/" + BLOCK), 0, b"before", cached=True)
+    plain.files.close_all()
+    io = Grudging()
+    io.refusing = False
+    opened = store(io)
+    io.refusing = True
+    node = opened.node("account/" + BLOCK)
+    opened.files.open(node, write=False)
+    assert bytes(opened.files.read(node, 0, 9)) == b"before"
+    number, before = node.fd, len(os.listdir("/proc/self/fd"))
+    assert not node.writable
+    io.refusing = False
+    opened.files.open(node, write=True)
+    opened.files.write(node, 0, b"after!", cached=True)
+    assert (node.fd, node.writable, len(os.listdir("/proc/self/fd"))) == (number, True, before)
+    assert bytes(opened.files.read(node, 0, 9)) == b"after!"
+    opened.files.close_all()
