@@ -1,6 +1,6 @@
 """Profile the daemon of a sealed mount: cProfile for its Python functions, perf for C, kernel and interpreter.
 
-cProfile sees the main thread of the process that it starts, and makes it slower: read shares in it, not seconds.
+cProfile sees the main thread of the worker, and makes it slower: read shares in it, not seconds.
 perf follows threads and children and costs little. Figures of a profiled run are not comparable with others.
 """
 
@@ -26,12 +26,13 @@ class Profiler:
         self.paths = []
 
     def command(self, command):
-        """Return the command that runs `command`, a Python interpreter with `-m`, under the profiler."""
+        """Return the command that runs `command`, `python -m encfs_js ...`, so that it can be profiled."""
         path = os.path.join(self.directory, f"{self.label}-{len(self.paths) + 1}.{self.kind}")
         self.paths.append(path)
         if self.kind == "perf":
             return command
-        return (command[0], "-m", "cProfile", "-o", path, *command[1:])
+        os.environ["BENCH_PROFILE"] = os.path.abspath(path)
+        return (command[0], os.path.join(os.path.dirname(__file__), "profiled.py"), *command[3:])
 
     @contextmanager
     def watching(self, pid):
