@@ -71,12 +71,14 @@ def trim(io: Backing, fd: int, keys: FileKeys, *, plaintext: bool = False) -> tu
 
 
 def end(io: Backing, fd: int, keys: FileKeys) -> None:
-    """Put the end mark behind a file that ends with a full page: a process died between its pages, in a write or a cut.
+    """Give a file its end mark back when a process died in a write or a cut of it (FORMAT.md section 2.2, at its end).
 
-    It takes nothing away. What else a power cut may leave, the end of a process cannot.
+    It takes nothing away but a part of a page. What else a power cut may leave, the end of a process cannot.
     """
     whole, rest = divmod(io.fstat(fd).st_size, PAGE)
-    if not whole or rest:
+    if rest:
+        io.ftruncate(fd, whole * PAGE)
+    if not whole:
         return
     last = _page(io, fd, whole - 1)
     if page_length(last, whole - 1) != capacity(whole - 1):

@@ -45,6 +45,12 @@ def lock_memory() -> str:
     return "RLIMIT_MEMLOCK is too low" if code == errno.ENOMEM else os.strerror(code)
 
 
+def lock_buffer(buffer: memoryview) -> None:
+    """Keep one buffer present, where all memory cannot be: see FORMAT.md section 2.2 for what depends on it."""
+    at = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    _libc.mlock(ctypes.c_void_p(at), ctypes.c_size_t(len(buffer)))
+
+
 def lock_file(fd: int) -> str:
     """Keep the content of a memfd off swap for as long as this process lives. Returns why that was refused, or ""."""
     size = os.fstat(fd).st_size

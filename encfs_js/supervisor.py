@@ -118,7 +118,7 @@ class Supervisor:
             log.error("worker %d has not been heard of for %.0f s: it is replaced", worker.pid, silence)
             os.kill(worker.pid, signal.SIGKILL)
             worker.beat = now
-        if self.asked and self.unmounting < 0 and now >= self.next_try and self.exit_code is None:
+        if self.asked and self.served and self.unmounting < 0 and now >= self.next_try and self.exit_code is None:
             self._unmount()
         if self.notify.watchdog and now >= self.next_sign:
             self.next_sign = now + self.notify.watchdog
@@ -254,6 +254,9 @@ class Supervisor:
             if not self.problem:
                 text = f"the worker {how} while it was starting"
                 self.problem = MountFailedError(text, hint="look at its log; --foreground shows it").as_json()
+            if self.first:
+                os.close(self.fuse)
+                os.waitpid(fusemount.unmounting(self.mountpoint, lazy=True), 0)
             self.exit_code = self._report()
         elif not self.can_resend:
             self._give_up(f"worker {worker.pid} {how}, and this kernel cannot send requests again")
@@ -321,9 +324,6 @@ class Supervisor:
 
     def _unmount(self) -> None:
         """Have it unmounted: the kernel then writes back what it holds. A second signal does it lazily."""
-        if not self.first:
-            self.exit_code = 128 + signal.SIGTERM
-            return
         pid = fusemount.unmounting(self.mountpoint, lazy=self.asked > 1)
         self.unmounting = os.pidfd_open(pid)
         self.watch(self.unmounting, lambda: self._on_unmounted(pid))

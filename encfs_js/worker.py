@@ -54,6 +54,7 @@ class World:
     options: dict[str, Any]
     keys: Keys
     tree: Tree
+    file_keys: FileKeys
     files: Files
     reserve: Reserve | None
     run: state.State
@@ -85,7 +86,7 @@ def prepare(options: dict[str, Any], keys: Keys, io: Backing, *, resumed: bool) 
         files.resumed = not read_only
         revive.walk(tree)
     log.info("%s opened, %s, epoch %d", store, suite.label, keys.settings.epoch)
-    return World(options, keys, tree, files, reserve, run)
+    return World(options, keys, tree, file_keys, files, reserve, run)
 
 
 def end_run(world: World) -> None:
@@ -230,9 +231,11 @@ def _obey(sock: socket.socket, fds: dict[str, int], options: dict[str, Any], io:
         order, passed = packet
         if order["do"] == "prepare":
             resumed = order["resumed"]
-            if problem := hygiene.lock_memory():
-                (log.debug if resumed else log.warning)("keys may reach the swap: memory cannot be locked: %s", problem)
+            problem = hygiene.lock_memory()
             world = prepare(options, keymemory.take(fds["keys"]), io, resumed=resumed)
+            if problem:
+                hygiene.lock_buffer(world.file_keys.buffer.sealed)
+                (log.debug if resumed else log.warning)("keys may reach the swap: memory cannot be locked: %s", problem)
             wire.send(sock, {"is": "prepared"})
         elif order["do"] == "hold":
             held |= zip(order["inos"], passed, strict=True)

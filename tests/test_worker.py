@@ -48,7 +48,7 @@ class Room:
 
 def test_housekeeping_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
     files = Files(2)
-    world = worker.World({}, None, None, files, Room(), state.State(clean=False, began=0, windows=((0, 1),)))
+    world = worker.World({}, None, None, None, files, Room(), state.State(clean=False, began=0, windows=((0, 1),)))
 
     async def main() -> None:
         with trio.move_on_after(31):
