@@ -49,7 +49,7 @@ def _in_meta(store: str) -> Iterator[str]:
 
 
 def listen(
-    store: str, watch: Callable[[int, Callable[[], None]], None], on_request: Callable[[Request], None]
+    store: str, watch: Callable[[int, Callable[[], object] | None], None], on_request: Callable[[Request], None]
 ) -> socket.socket | None:
     """Listen for commands. Returns the socket; None where it cannot be made (a read-only STORE), which the log says."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -79,7 +79,10 @@ def close(store: str, listener: socket.socket) -> None:
 
 
 def _accept(listener: socket.socket, on_request: Callable[[Request], None]) -> None:
-    sock, _ = listener.accept()
+    try:
+        sock, _ = listener.accept()
+    except OSError:
+        return  # it hung up, or there are no descriptors left
     try:
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         if _CREDENTIALS.unpack(peer)[1] not in {0, os.geteuid()}:

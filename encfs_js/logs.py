@@ -36,3 +36,4 @@ def configure(path: str | None, *, foreground: bool) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.raiseExceptions = False  # a log that cannot be written must not end who writes it

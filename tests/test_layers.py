@@ -11,7 +11,7 @@ import encfs_js
 
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
-    __init__ errors logs hygiene wire notify control fusemount journal resend spawn supervisor
+    __init__ errors logs hygiene wire notify control fusemount journal resend spawn succession supervisor
     format backing mounts keydocument keyring keysource config keymemory sealed crash redo state guard reserve
     tree times opening files revive pace reply fs session worker mount inspect verify
     cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_verify cli __main__
