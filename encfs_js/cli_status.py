@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from encfs_js import guard, keyring, state
+from encfs_js import control, guard, keyring, state
 from encfs_js.cli_guard import closed_as_json
 from encfs_js.cli_text import plural, shown
 from encfs_js.errors import EncfsError, MountBusyError, MountFailedError, NotMountedError
@@ -157,12 +157,25 @@ def status(mountpoint: str | None, as_json: bool) -> None:
 def _facts(entry: MountEntry) -> dict[str, Any]:
     """Collect what is known of one mount; None for what this user may not see."""
     facts: dict[str, Any] = dict.fromkeys(
-        ("serving", "pid", "since", "store_id", "cipher", "epoch", "plaintext", "guard", "problem")
+        (
+            "serving",
+            "pid",
+            "worker",
+            "takeovers",
+            "since",
+            "store_id",
+            "cipher",
+            "epoch",
+            "plaintext",
+            "guard",
+            "problem",
+        )
     )
     try:
         holder = state.holder(entry.source)
         facts["serving"] = holder is not None
         facts |= {name: (holder or {}).get(name) for name in ("pid", "since")}
+        facts |= _workers(entry)
         opened, warning = keyring.load(entry.source)
         facts["store_id"] = opened.store_id.hex()
         facts["cipher"] = opened.settings.cipher.label
@@ -175,6 +188,15 @@ def _facts(entry: MountEntry) -> dict[str, Any]:
     return {"mountpoint": entry.mountpoint, "store": entry.source, "read_only": entry.read_only, **facts}
 
 
+def _workers(entry: MountEntry) -> dict[str, Any]:
+    """Ask the supervisor who serves. Nothing where it does not answer, or may not be asked."""
+    try:
+        answer = control.ask(entry.source, {"do": "status"}, _PATIENCE_MS / 1000)
+    except (OSError, ValueError):
+        return {}
+    return {name: answer[name] for name in ("worker", "takeovers")}
+
+
 def _print_facts(facts: dict[str, Any]) -> None:
     serving = {
         None: "unknown",
@@ -185,6 +207,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
         ("store", shown(facts["store"]) + (" (read-only)" if facts["read_only"] else "")),
         ("daemon", serving[facts["serving"]]),
     ]
+    if facts["takeovers"] is not None:
+        times = f", taken over {plural(facts['takeovers'], 'time')}" if facts["takeovers"] else ""
+        lines.append(("worker", f"process {facts['worker']}{times}" if facts["worker"] else f"being replaced{times}"))
     if facts["cipher"]:
         lines.append(("sealing", f"{facts['cipher']}, epoch {facts['epoch']}, plaintext: {facts['plaintext']}"))
     if facts["guard"] is not None:

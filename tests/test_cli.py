@@ -55,7 +55,7 @@ def normal(text: str, top: Path) -> str:
     text = text.replace(str(top), "/DIR")
     text = re.sub(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", "TIME", text)
     text = re.sub(r"\b[0-9a-f]{32}\b", "STORE-ID", text)
-    text = re.sub(r"(\bpid |\bprocess |\bworker |\"pid\": )\d+", r"\1PID", text)
+    text = re.sub(r"(\bpid |\bprocess |\bworker |\"pid\": |\"worker\": )\d+", r"\1PID", text)
     return re.sub(r"\"host\": \"[^\"]*\"", '"host": "HOST"', text)
 
 
