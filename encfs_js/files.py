@@ -234,8 +234,8 @@ class Files:
         except DamagedPageError as exc:
             raise self.damaged(node, exc.page) from None
 
-    def write(self, node: Node, offset: int, data: bytes, *, cached: bool) -> int:
-        """Write, and return how much was taken. cached: the kernel has promised it already, so it is all or an error."""
+    def write(self, node: Node, offset: int, data: bytes, *, cached: bool, most: int | None = None) -> int:
+        """Write, and return how much was taken. cached: promised already, so all or an error. 0: `most` of a gap is filled."""
         file = self._sealed(node)
         if not cached:
             node.mtime_ns = None
@@ -246,7 +246,7 @@ class Files:
         if self.writeback and not cached:
             self._leave_room(node, offset + len(data) - file.size)
         try:
-            done = self._write(file, offset, data, cached=cached)
+            done = self._write(file, offset, data, most, cached=cached)
         except DamagedPageError as exc:
             raise self.damaged(node, exc.page) from None
         except OSError as exc:
@@ -258,9 +258,11 @@ class Files:
             self._rewrite(node)
         return done
 
-    def _write(self, file: SealedFile, offset: int, data: bytes, *, cached: bool) -> int:
+    def _write(self, file: SealedFile, offset: int, data: bytes, most: int | None, *, cached: bool) -> int:
         done = 0
         try:
+            if most is not None and not file.grow(offset, most):
+                return 0
             done = file.write(offset, data)
         except OSError as exc:
             if exc.errno not in _FULL or not cached:

@@ -297,7 +297,9 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write plain bytes."""
         node = self._tree.node(fh & _NODE)
-        done = self._files.write(node, off, buf, cached=self._writeback and not fh & _DIRECT)
+        cached = self._writeback and not fh & _DIRECT
+        while not (done := self._files.write(node, off, buf, cached=cached, most=_GROW)) and buf:
+            await trio.lowlevel.checkpoint()
         if fh & _SYNC and fh & _DIRECT:
             await self._sync(node.fd, datasync=False)
         return done

@@ -160,6 +160,21 @@ def test_after_a_rewriting_that_failed_nothing_is_written_that_the_next_start_wo
     assert b"".join(bytes(again.files.read(node, at, 1 << 20)) for at in range(0, len(text), 1 << 20)) == text
 
 
+def test_a_gap_before_a_write_is_filled_in_steps(store, tmp_path: Path) -> None:
+    """Gigabytes of sealed zeros take seconds, in which the others want to be served."""
+    opened = store()
+    block = tmp_path / "account" / BLOCK
+    block.touch()
+    node = opened.node("account/" + BLOCK)
+    opened.files.open(node, write=True)
+    sizes = []
+    while not (done := opened.files.write(node, 10_000, b"end", cached=True, most=4096)):
+        sizes.append(opened.files.size(node))
+    assert (sizes, done) == ([4096, 8192], 3)
+    assert bytes(opened.files.read(node, 0, 20_000)) == bytes(10_000) + b"end"
+    assert opened.files.write(node, 5, b"x", cached=True, most=1) == 1, "no gap"
+
+
 def test_sweep_that_could_not_look_says_so(store, tmp_path: Path) -> None:
     class Unreadable(Backing):
         def open(self, path, flags, mode=0o777, *, dir_fd=None):
