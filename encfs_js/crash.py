@@ -70,12 +70,16 @@ def trim(io: Backing, fd: int, keys: FileKeys, *, plaintext: bool = False) -> tu
     return before, plain_size(keep, length)
 
 
-def end(io: Backing, fd: int, keys: FileKeys) -> None:
+def end(io: Backing, fd: int, keys: FileKeys, *, plaintext: bool = False) -> None:
     """Give a file its end mark back when a process died in a write or a cut of it (FORMAT.md section 2.2, at its end).
 
-    It takes nothing away but a part of a page. What else a power cut may leave, the end of a process cannot.
+    It takes nothing away but a part of a page, and nothing from a file that is not ours. What else a power cut may leave, the
+    end of a process cannot.
     """
     whole, rest = divmod(io.fstat(fd).st_size, PAGE)
+    start = _page(io, fd, 0)
+    if start[: len(MAGIC)] != (MAGIC if plaintext else MAGIC[: len(start)]):
+        return
     if rest:
         io.ftruncate(fd, whole * PAGE)
     if not whole:
@@ -83,7 +87,7 @@ def end(io: Backing, fd: int, keys: FileKeys) -> None:
     last = _page(io, fd, whole - 1)
     if page_length(last, whole - 1) != capacity(whole - 1):
         return
-    cipher = keys.of(_page(io, fd, 0))
+    cipher = keys.of(start)
     if cipher and cipher.authentic(last, whole - 1) is not None:
         mark, done = cipher.seal(whole, b"", keys.random(NONCE)), 0
         while done < len(mark):

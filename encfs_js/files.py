@@ -19,11 +19,10 @@ from encfs_js.opening import open_backing
 from encfs_js.redo import PlainFile
 from encfs_js.reserve import SLACK, still_to_come
 from encfs_js.sealed import SealedFile
-from encfs_js.state import HOUR_NS
 from encfs_js.tree import Node
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from datetime import datetime
 
     from encfs_js.reserve import Reserve
@@ -57,13 +56,13 @@ class Files:
         self._tree = tree
         self._io = tree.io
         self._keys = keys
-        self._state = state
+        self.state = state
         self._redo_key = redo_key
         self._reserve = reserve
         self._now = now
         self._plaintext = plaintext
         self.writeback = writeback
-        self.resumed = False  # another worker began this run, and died
+        self._torn = 0
         self._writers: set[Node] = set()
         self._reported: set[tuple[int, int]] = set()
         self._unfinished: set[Node] = set()
@@ -96,10 +95,10 @@ class Files:
         node.fd, node.writable = fd, writable
         try:
             if not node.checked and writable:
-                if self._state.touched(found.st_ctime_ns):
+                if self.state.touched(found.st_ctime_ns):
                     self._trim(node)
-                elif self.resumed and found.st_ctime_ns >= self._state.began - HOUR_NS:
-                    crash.end(self._io, fd, self._keys)
+                elif node.ino == self._torn:
+                    crash.end(self._io, fd, self._keys, plaintext=self._plaintext)
             node.checked = True
             node.file = self._load(fd)
         except BaseException:
@@ -108,6 +107,19 @@ class Files:
             raise
         if node.file.damage is not None:
             self.damaged(node, node.file.damage)
+
+    def mend(self, ino: int) -> None:
+        """Make a file whole that a worker was changing when it died; whoever asked for it may not ask again."""
+        node = self._tree.nodes.get(ino)
+        if node is None or self._reserve is None:
+            return
+        self._torn = ino
+        try:
+            self.attach(node, write=True)
+            self.detach(node)
+        except OSError as exc:
+            log.warning("node %d, which a worker was changing when it died, cannot be opened: %s", ino, exc.strerror)
+        self._torn = 0
 
     def _load(self, fd: int) -> SealedFile | PlainFile:
         if self._plaintext:
@@ -378,21 +390,3 @@ class Files:
                 "%s: cut from %d to %d bytes: what follows was never synced before the unclean stop",
                 os.fsdecode(self._tree.path(node)), *sizes,
             )  # fmt: skip
-
-    def sweep(self) -> Iterator[None]:
-        """Apply the crash rule to every file that an unclean stop may have touched; yields after each directory entry."""
-        yield from self._sweep(self._tree.root)
-
-    def _sweep(self, directory: Node) -> Iterator[None]:
-        for _, name in self._tree.listing(directory):
-            try:
-                node, found = self._tree.lookup(directory, name)
-                if stat.S_ISDIR(found.st_mode):
-                    yield from self._sweep(node)
-                elif stat.S_ISREG(found.st_mode) and not node.checked and self._state.touched(found.st_ctime_ns):
-                    self.size(node)
-            except OSError as exc:
-                if exc.errno not in {errno.ENOENT, errno.ESTALE}:  # gone since the names were read
-                    self.not_swept += 1
-                    log.warning("%s could not be looked at after the unclean stop: %s", os.fsdecode(name), exc.strerror)
-            yield

@@ -49,7 +49,7 @@ _GROW: Final = 1 << 20
 class Operations(pyfuse3.Operations):
     """The requests of one mount. writeback: the kernel caches writes. read_only: nothing may change.
 
-    notes: what is about to be done to names; repeated: what a worker that died has done, and did not answer.
+    notes: what is about to be done to names, and what workers that died have done and did not answer.
     """
 
     supports_dot_lookup = False
@@ -60,7 +60,6 @@ class Operations(pyfuse3.Operations):
         tree: Tree,
         files: Files,
         notes: Journal,
-        repeated: Entry | None = None,
         *,
         writeback: bool,
         read_only: bool,
@@ -72,7 +71,6 @@ class Operations(pyfuse3.Operations):
         self._writeback = writeback
         self._read_only = read_only
         self._notes = notes
-        self._repeated = repeated
         self.answering: Callable[[], None] = lambda: None
         self.answered = trio.Event()
         self._pace_of_syncs = Pace()
@@ -92,8 +90,7 @@ class Operations(pyfuse3.Operations):
     def _changes(self, entry: Entry) -> bool:
         """Note a change of names that is about to be made. Returns False when a worker that died has made it."""
         self._may_write()
-        if self._repeated is not None and self._repeated.same_request(entry):
-            self._repeated = None
+        if self._notes.repeats(entry):
             return False
         noted = revive.complete(self._tree, entry)
         if noted is not None:
@@ -136,7 +133,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Make a FIFO, socket, device or empty file."""
         parent = self._tree.node(parent_inode)
-        if self._changes(Entry(journal.MKNOD, parent_inode, name)):
+        if self._changes(Entry(journal.MKNOD, parent_inode, name, pid=ctx.pid)):
             return self._entry(*self._tree.mknod(parent, name, mode, rdev, ctx.uid, ctx.gid))
         return self._entry(*self._tree.made(parent, name, mode, ctx.uid, ctx.gid))
 
@@ -146,7 +143,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Make a directory."""
         parent = self._tree.node(parent_inode)
-        if self._changes(Entry(journal.MKDIR, parent_inode, name)):
+        if self._changes(Entry(journal.MKDIR, parent_inode, name, pid=ctx.pid)):
             return self._entry(*self._tree.mkdir(parent, name, mode, ctx.uid, ctx.gid))
         return self._entry(*self._tree.made(parent, name, stat.S_IFDIR, ctx.uid, ctx.gid))
 
@@ -156,39 +153,41 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Make a symbolic link."""
         parent = self._tree.node(parent_inode)
-        if self._changes(Entry(journal.SYMLINK, parent_inode, name)):
+        if self._changes(Entry(journal.SYMLINK, parent_inode, name, pid=ctx.pid)):
             return self._entry(*self._tree.symlink(parent, name, target, ctx.uid, ctx.gid))
         return self._entry(*self._tree.made(parent, name, stat.S_IFLNK, ctx.uid, ctx.gid))
 
     @replies
     async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext  # noqa: ARG002
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:  # fmt: skip
         """Give a node another name."""
         new_parent = self._tree.node(new_parent_inode)
-        if self._changes(Entry(journal.LINK, inode, b"", new_parent_inode, new_name)):
+        if self._changes(Entry(journal.LINK, inode, b"", new_parent_inode, new_name, pid=ctx.pid)):
             return self._entry(*self._tree.link(self._tree.node(inode), new_parent, new_name))
         return self._entry(*self._tree.lookup(new_parent, new_name))
 
     @replies
-    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """Remove a name."""
-        if self._changes(Entry(journal.UNLINK, parent_inode, name)):
+        if self._changes(Entry(journal.UNLINK, parent_inode, name, pid=ctx.pid)):
             self._tree.unlink(self._tree.node(parent_inode), name)
 
     @replies
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:  # noqa: ARG002
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """Remove an empty directory."""
-        if self._changes(Entry(journal.RMDIR, parent_inode, name)):
+        if self._changes(Entry(journal.RMDIR, parent_inode, name, pid=ctx.pid)):
             self._tree.rmdir(self._tree.node(parent_inode), name)
 
     @replies
     async def rename(
         self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes,
-        flags: int, ctx: pyfuse3.RequestContext,  # noqa: ARG002
+        flags: int, ctx: pyfuse3.RequestContext,
     ) -> None:  # fmt: skip
         """Move a name; RENAME_NOREPLACE and RENAME_EXCHANGE are the backing file system's."""
-        if self._changes(Entry(journal.RENAME, parent_inode_old, name_old, parent_inode_new, name_new, flags=flags)):
+        if self._changes(
+            Entry(journal.RENAME, parent_inode_old, name_old, parent_inode_new, name_new, flags=flags, pid=ctx.pid)
+        ):
             old, new = self._tree.node(parent_inode_old), self._tree.node(parent_inode_new)
             self._tree.rename(old, name_old, new, name_new, flags)
 
@@ -204,8 +203,10 @@ class Operations(pyfuse3.Operations):
         tree = self._tree
         node = tree.node(inode)
         if fields.update_size:
+            self._notes.change(inode)
             while not self._files.truncate(node, attr.st_size, _GROW):
                 await trio.lowlevel.checkpoint()
+                self._notes.change(inode)
             self._files.detach(node)
         if fields.update_uid or fields.update_gid or not _sets(fields):
             tree.chown(node, attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1)
@@ -239,6 +240,7 @@ class Operations(pyfuse3.Operations):
 
     def _cut_at_open(self, node: Node, ctx: pyfuse3.RequestContext) -> None:
         """Empty a file as O_TRUNC does; the set-id bits go with the content, which the kernel leaves to us here."""
+        self._notes.change(node.ino)
         self._files.truncate(node, 0)
         mode = self._tree.stat(node).st_mode
         if ctx.uid and mode & (stat.S_ISUID | stat.S_ISGID):
@@ -265,7 +267,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Make and open a regular file."""
         parent = self._tree.node(parent_inode)
-        exclusive = self._changes(Entry(journal.CREATE, parent_inode, name)) and bool(flags & os.O_EXCL)
+        exclusive = self._changes(Entry(journal.CREATE, parent_inode, name, pid=ctx.pid)) and bool(flags & os.O_EXCL)
         node, fd, found = self._tree.create(parent, name, mode, ctx.uid, ctx.gid, exclusive=exclusive)
         if node.file is None:
             self._files.adopt(node, fd, writable=True, found=found)
@@ -298,8 +300,10 @@ class Operations(pyfuse3.Operations):
         """Write plain bytes."""
         node = self._tree.node(fh & _NODE)
         cached = self._writeback and not fh & _DIRECT
+        self._notes.change(node.ino)
         while not (done := self._files.write(node, off, buf, cached=cached, most=_GROW)) and buf:
             await trio.lowlevel.checkpoint()
+            self._notes.change(node.ino)
         if fh & _SYNC and fh & _DIRECT:
             await self._sync(node.fd, datasync=False)
         return done

@@ -47,6 +47,7 @@ def mount(mountpoint: str, options: str) -> int:
         for fd in fds:
             os.close(fd)
         raise RefusedError(text.strip().removeprefix("fusermount3: ") or f"fusermount3 ended with status {status}")
+    os.set_inheritable(fds[0], False)
     return int(fds[0])
 
 

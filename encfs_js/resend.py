@@ -60,7 +60,7 @@ def unanswered(fuse: int) -> tuple[list[Entry], list[int]]:
     found, forgotten = [], []
     while any(happened & select.POLLIN for _, happened in poll.poll(0)):
         size = os.readv(fuse, [buffer])
-        _, opcode, unique, node, *_ = _HEADER.unpack_from(buffer)
+        _, opcode, unique, node, _, _, pid, _ = _HEADER.unpack_from(buffer)
         body = bytes(buffer[_HEADER.size : min(size, _HEADER.size + 65536)])
         if opcode == _FORGET:
             forgotten.append(node)
@@ -72,7 +72,7 @@ def unanswered(fuse: int) -> tuple[list[Entry], list[int]]:
         elif not unique & _RESENT:
             break  # a new request: those sent again stand before all new ones
         elif (entry := _entry(opcode, node, body)) is not None:
-            found.append(entry)
+            found.append(entry._replace(pid=pid))
     return found, forgotten
 
 

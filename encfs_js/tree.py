@@ -36,10 +36,9 @@ class Node:
     generation: None until the kernel asks. file, fd: the content, while open. opens: how many FUSE handles;
     cached_writers, direct_writers: those of them that write, through the kernel's cache or past it. size: plain size in
     bytes when last closed, None if never looked at. mtime_ns: one that is still to be set on the backing file (times.py).
-    checked: the crash rule was applied. dated: its inode on the disk has a ctime of this run. held: an O_PATH descriptor of
-    a file that lost its last name while the kernel still knew it, -1 otherwise. handed: the supervisor keeps it open, too.
-    unsure: the kernel may have it open from the time of a worker before this one. anchor: an O_PATH descriptor of a directory
-    that lies deep, from which paths below it start, or -1.
+    checked: the crash rule was applied. dated: its inode on the disk has a ctime of this run. held: an O_PATH descriptor of a
+    file that lost its last name while the kernel knew it, or -1. handed: the supervisor keeps it open, too. unsure: the kernel
+    may have it open from before this worker. anchor: an O_PATH descriptor of a deep directory, to start paths from, or -1.
     """
 
     __slots__ = (

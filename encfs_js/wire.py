@@ -6,6 +6,7 @@ A packet that was sent stays in the socket when its sender dies: what a worker s
 from __future__ import annotations
 
 import json
+import os
 import socket
 from typing import Any, Final
 
@@ -39,6 +40,8 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         data, fds, _, _ = socket.recv_fds(sock, _MOST, _MOST_FDS)
     except ConnectionResetError:
         return None
+    for fd in fds:
+        os.set_inheritable(fd, False)  # or every worker started later would keep it open as well
     if not data:
         return None
     return ({} if data == BEAT else json.loads(data)), list(fds)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyfuse3
 import trio
 
-from encfs_js import hygiene, journal, keymemory, logs, redo, resend, revive, session, state, wire
+from encfs_js import hygiene, journal, keymemory, logs, redo, resend, revive, session, state, sweep, wire
 from encfs_js.backing import Backing
 from encfs_js.errors import EncfsError, MountFailedError
 from encfs_js.files import Files
@@ -83,7 +83,6 @@ def prepare(options: dict[str, Any], keys: Keys, io: Backing, *, resumed: bool) 
         plaintext=keys.settings.plaintext == "read", writeback=options["writeback"],
     )  # fmt: skip
     if resumed:
-        files.resumed = not read_only
         revive.walk(tree)
     log.info("%s opened, %s, epoch %d", store, suite.label, keys.settings.epoch)
     return World(options, keys, tree, file_keys, files, reserve, run)
@@ -106,20 +105,14 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
     place of that socket before it answers. The answer to a copy has a number that the kernel does not know, and is dropped.
     """
     notes = journal.Journal(memory)
-    repeated = None
     if resumed:
         requests, forgotten = resend.unanswered(fuse)
-        noted = notes.noted()
-        if (
-            noted is not None
-            and any(noted.same_request(request) for request in requests)
-            and revive.done(world.tree, noted)
-        ):
-            repeated = noted
+        world.files.mend(notes.changing())
+        notes.go_on(lambda noted: any(noted.same_request(one) for one in requests) and revive.done(world.tree, noted))
         for ino in forgotten:
             world.files.forget(ino)
     operations = Operations(
-        world.tree, world.files, notes, repeated,
+        world.tree, world.files, notes,
         writeback=world.options["writeback"], read_only=world.options["read_only"],
     )  # fmt: skip
     kernel, libfuse = wire.pair()
@@ -195,7 +188,7 @@ async def _keep_house(world: World, reserve: Reserve) -> None:
     files, run = world.files, world.run
     if run.windows:
         try:
-            for _ in files.sweep():
+            for _ in sweep.sweep(world.tree, files):
                 await trio.lowlevel.checkpoint()
             if not files.not_swept:
                 swept = replace(run, windows=())

@@ -21,7 +21,7 @@ from othertimes import BEGAN, DAY_NS, AfterCut, QuietRecording
 from powercut import VOLUME_KEYS, Failure
 from promise import World
 
-from encfs_js import redo
+from encfs_js import redo, sweep
 from encfs_js.errors import IntegrityError
 from encfs_js.files import Files
 from encfs_js.format import MAGIC
@@ -106,7 +106,7 @@ def opened(store: Path, settings: Settings, io: Backing, run: State) -> Iterator
     )
     try:
         if run.windows:
-            for _ in files.sweep():
+            for _ in sweep.sweep(tree, files):
                 pass
         yield Opened(tree, files)
     finally:

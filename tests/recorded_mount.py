@@ -9,6 +9,7 @@ import sys
 from recording import Recording
 
 from encfs_js import cli, mount, worker
+from encfs_js.backing import Backing
 
 
 class Recorded(Recording):
@@ -20,7 +21,9 @@ class Recorded(Recording):
 
 def serve() -> None:
     options = json.loads(os.pread(json.loads(sys.argv[-1])["options"], 1 << 20, 0))
-    worker.main(Recorded(options["store"], os.environ["POWERCUT_SINK"]))
+    sink = os.environ["POWERCUT_SINK"]
+    # The worker that stands by serves nothing here, and a recording of its own would cut off the one that is under way.
+    worker.main(Backing() if os.stat(sink).st_size else Recorded(options["store"], sink))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from encfs_js import guard, keyring, redo, state, times
+from encfs_js import guard, keyring, redo, state, sweep, times
 from encfs_js.backing import Backing
 from encfs_js.errors import IntegrityError, StoreIoError
 from encfs_js.files import Files
@@ -185,10 +185,10 @@ def test_sweep_that_could_not_look_says_so(store, tmp_path: Path) -> None:
     (tmp_path / "account/bad").touch()
     always = ((0, 2**62),)
     opened = store(Unreadable(), windows=always)
-    list(opened.files.sweep())
+    list(sweep.sweep(opened.tree, opened.files))
     assert opened.files.not_swept == 1
     opened = store(windows=always)
-    list(opened.files.sweep())
+    list(sweep.sweep(opened.tree, opened.files))
     assert opened.files.not_swept == 0
 
 

@@ -34,9 +34,14 @@ class Files:
         if self.calls <= self.times:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def sweep(self):
+
+class Tree:
+    """A tree that cannot be listed."""
+
+    root = None
+
+    def listing(self, _directory):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
-        yield
 
 
 class Room:
@@ -48,7 +53,7 @@ class Room:
 
 def test_housekeeping_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
     files = Files(2)
-    world = worker.World({}, None, None, None, files, Room(), state.State(clean=False, began=0, windows=((0, 1),)))
+    world = worker.World({}, None, Tree(), None, files, Room(), state.State(clean=False, began=0, windows=((0, 1),)))
 
     async def main() -> None:
         with trio.move_on_after(31):
