@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("encfs_js")
 _SILENCE: Final = 3.0  # seconds without a heartbeat after which a worker hangs; it sends two a second
 _BUSY: Final = 120.0  # the same, while it works
-_START: Final = 60.0  # seconds that a worker may take to load, or to prepare: the tree of a large store is walked
+_START: Final = 60.0  # seconds that a worker may take to load
 _RETRY: Final = 1.0  # seconds until a process is started again where that failed
 _PART: Final = 200  # descriptors in one message
 # A worker that dies of itself, or before it has answered anything: so many in so many seconds, and the mount is given up.
@@ -81,11 +81,16 @@ class Succession:
             self.standby = self._start(self.options, now)
         worker = self.active
         silence = now - worker.beat if worker is not None else 0.0
-        limit = _SILENCE if worker is not None and worker.serving else _START
+        limit = _SILENCE if worker is not None and worker.loaded else _START
         if worker is not None and silence > limit and (spawn.hangs(worker) or silence > _BUSY):
             log.error("worker %d has not been heard of for %.0f s: it is replaced", worker.pid, silence)
             os.kill(worker.pid, signal.SIGKILL)
             worker.beat = now
+        for worker in (self.standby, self.candidate):
+            if worker is not None and worker is not self.active and not worker.loaded and now - worker.beat > _START:
+                log.error("worker %d has not loaded within %.0f s", worker.pid, _START)
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.beat = now
 
     def overslept(self, now: float) -> None:
         """Forgive the silence of a time in which this process did not run either: a frozen machine, a debugger."""
@@ -271,7 +276,8 @@ class Succession:
             self.active = self.candidate
             self._on_loaded(self.active)
         elif self._too_many(worker, code):
-            self._give_up(f"{_DEATHS} workers failed within {_WINDOW:.0f} s; the last one, {worker.pid}, {how}")
+            said = f": {self.problem['message']}" if self.problem else ""
+            self._give_up(f"{_DEATHS} workers failed within {_WINDOW:.0f} s; the last one, {worker.pid}, {how}{said}")
         else:
             log.error("%s: worker %d %s", self.mountpoint, worker.pid, how)
             self._take_over()

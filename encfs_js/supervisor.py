@@ -166,8 +166,12 @@ class Supervisor:
     def _on_request(self, request: control.Request) -> None:
         """Answer what a command asks over the control socket: a reload, or the status."""
         succession = self._succession
-        if request.message.get("do") == "reload":
-            succession.reload(request.message["options"], request.answer)
+        options = request.message.get("options")
+        if request.message.get("do") == "reload" and isinstance(options, dict):
+            succession.reload(options, request.answer)
+            return
+        if request.message.get("do") != "status":
+            request.answer({"ok": False, "how": "no such command"})
             return
         active, standby = succession.active, succession.standby
         request.answer(
