@@ -248,16 +248,16 @@ class Files:
 
     def write(self, node: Node, offset: int, data: bytes, *, cached: bool, most: int | None = None) -> int:
         """Write, and return how much was taken. cached: promised already, so all or an error. 0: `most` of a gap is filled."""
-        file = self._sealed(node)
-        if not cached:
-            node.mtime_ns = None
-            node.direct_writers = node.direct_writers or int(self.writeback)  # opened by a worker before this one
-        elif node not in self._writers:
-            node.cached_writers = 1
-            self._writers.add(node)
-        if self.writeback and not cached:
-            self._leave_room(node, offset + len(data) - file.size)
         try:
+            file = self._sealed(node)
+            if not cached:
+                node.mtime_ns = None
+                node.direct_writers = node.direct_writers or int(self.writeback)  # opened by a worker before this one
+            elif node not in self._writers:
+                node.cached_writers = 1
+                self._writers.add(node)
+            if self.writeback and not cached:
+                self._leave_room(node, offset + len(data) - file.size)
             done = self._write(file, offset, data, most, cached=cached)
         except DamagedPageError as exc:
             raise self.damaged(node, exc.page) from None
@@ -317,6 +317,8 @@ class Files:
         return True
 
     def _sealed(self, node: Node) -> SealedFile:
+        if self._reserve is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         file = self.attach(node, write=True)
         self._refuse_unfinished(node)
         if isinstance(file, PlainFile):

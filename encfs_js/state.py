@@ -139,7 +139,8 @@ def begin(store: str, keys: Keys, now_ns: int) -> State:
     last = load(store, keys)
     windows = last.windows
     if not last.clean:
-        windows = (*windows, (last.began, now_ns))
+        # In order, whatever was done to the clock in between.
+        windows = (*windows, (min(last.began, now_ns), max(last.began, now_ns)))
     if len(windows) > _MOST_WINDOWS:
         windows = ((min(low for low, _ in windows), max(high for _, high in windows)),)
     state = State(clean=False, began=now_ns, windows=windows)

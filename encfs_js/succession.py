@@ -49,6 +49,7 @@ class Succession:
     ) -> None:
         self.mountpoint: str = orders["mountpoint"]
         self.fuse = fuse
+        self.device = ""
         self.options: int = orders["worker"]  # the memfd with the options of the workers to come
         self.can_resend = True
         self.writeback: bool = orders["writeback"]
@@ -69,6 +70,7 @@ class Succession:
         self._held: dict[int, int] = {}  # files that are open and have no name: inode number -> descriptor
         self._deaths: list[float] = []
         self._next_start = 0.0
+        self._unmounted = False
         self._reloaded: Callable[[dict[str, Any]], None] = lambda _answer: None
 
     # -- from outside
@@ -206,6 +208,7 @@ class Succession:
     def _mount(self) -> None:
         if self.fuse < 0:
             self.fuse = fusemount.mount(self.mountpoint, self._orders["mount_options"])
+        self.device = fusemount.device_at(self.mountpoint)
         self._first = fusemount.first_request(self.fuse)
         self.can_resend = bool(resend.init_flags(self._first) & resend.HAS_RESEND)
         if not self.can_resend:
@@ -228,6 +231,9 @@ class Succession:
                 os.kill(self.standby.pid, signal.SIGKILL)  # the old code; its end brings the new one
             self._answer({"ok": True, "worker": worker.pid})
         self._tell(worker)
+
+    def _on_unmounted(self, _worker: Worker, _message: dict[str, Any], _fds: list[int]) -> None:
+        self._unmounted = True
 
     def _on_failed(self, _worker: Worker, message: dict[str, Any], _fds: list[int]) -> None:
         self.problem = message
@@ -256,7 +262,12 @@ class Succession:
     def _replace(self, worker: Worker, code: int, how: str) -> None:
         """Deal with the end of the worker that served, or was about to."""
         if code == 0:
+            if self.served:
+                self.problem = {}  # of a reload
             self.exit_code = int(self.problem.get("code", 0))
+        elif self._unmounted and code > 0:
+            self.exit_code = code
+            log.critical("%s", self.problem.get("message", f"{self.mountpoint}: unmounted, and then the worker {how}"))
         elif not self.served:
             if not self.problem:
                 text = f"the worker {how} while it was starting"

@@ -142,7 +142,8 @@ class Supervisor:
     def _unmount(self) -> None:
         """Have it unmounted: the kernel then writes back what it holds. A second signal does it lazily."""
         try:
-            pid = fusemount.unmounting(self._mountpoint, lazy=self._asked > 1)
+            mountpoint = fusemount.mountpoint_of(self._succession.device) or self._mountpoint
+            pid = fusemount.unmounting(mountpoint, lazy=self._asked > 1)
         except OSError as problem:
             log.error("%s: fusermount3 could not be started: %s", self._mountpoint, problem.strerror)
             self._next_try = time.monotonic() + _AGAIN

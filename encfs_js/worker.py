@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import mmap
@@ -27,7 +28,7 @@ import trio
 
 from encfs_js import hygiene, journal, keymemory, logs, redo, resend, revive, session, state, sweep, wire
 from encfs_js.backing import Backing
-from encfs_js.errors import EncfsError, MountFailedError
+from encfs_js.errors import EncfsError, MountFailedError, StoreIoError
 from encfs_js.files import Files
 from encfs_js.format import Suite
 from encfs_js.fs import Operations
@@ -73,7 +74,18 @@ def prepare(options: dict[str, Any], keys: Keys, io: Backing, *, resumed: bool) 
     run = state.load(store, keys)
     reserve = None
     if not read_only:
-        reserve = Reserve(io, tree.meta_fd)
+        try:
+            reserve = Reserve(io, tree.meta_fd)
+        except OSError as exc:
+            if not resumed or exc.errno != errno.EROFS:
+                raise
+            log.error(
+                "%s: its file system has become read-only, and so does this mount, until it can be written again and"
+                " encfs-js reload is called",
+                store,
+            )
+            options["read_only"] = True
+    if reserve is not None:
         if not resumed:
             run = reserve.make_room_for(lambda: state.begin(store, keys, time.time_ns()))
         for line in redo.recover(io, tree.root_fd, tree.meta_fd, redo_key):
@@ -134,8 +146,8 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
         log.critical("%s: the worker has failed", world.options["mountpoint"], exc_info=True)
         raise
     pyfuse3.close(unmount=False)
+    wire.send(sock, {"is": "unmounted"})
     world.files.close_all()
-    _syncfs(world.tree.root_fd)
 
 
 async def _main(world: World, sock: socket.socket, operations: Operations) -> None:
@@ -205,8 +217,9 @@ async def _keep_house(world: World, reserve: Reserve) -> None:
             log.warning("the reserve: %s", exc.strerror)
 
 
-def _syncfs(fd: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+def sync(world: World) -> None:
+    """Bring all that was written to the disk. Raises OSError."""
+    if world.reserve is not None and ctypes.CDLL(None, use_errno=True).syncfs(world.tree.root_fd):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
@@ -245,7 +258,14 @@ def _obey(sock: socket.socket, fds: dict[str, int], options: dict[str, Any], io:
             for ino, fd in held.items():
                 world.files.inherit(ino, fd)
             serve(world, sock, memory, passed[0], bytes.fromhex(order["init"]), resumed=resumed)
-            end_run(world)
+            try:
+                sync(world)
+                end_run(world)
+            except OSError as exc:
+                raise StoreIoError(
+                    f"{options['store']}: unmounted, but what was written last may not be on the disk: {exc.strerror}",
+                    hint="look at the disk, then: encfs-js verify",
+                ) from exc
             return
 
 

@@ -7,11 +7,14 @@ daemon is reaped and the mountpoint is free afterwards; a mount that hangs is ab
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import shlex
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,11 +23,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from encfs_js import control
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 KEY = "correct horse battery staple"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COMMAND = [sys.executable, "-m", "encfs_js"]
 FSTYPE = "fuse.encfs_js"
 MAGIC = b"ENCFSJS1"
@@ -239,6 +245,38 @@ class Mount:
         self.process.wait(PATIENCE)
         detach(self.path)
 
+    def status(self) -> dict[str, Any]:
+        """What the daemon says of itself: supervisor, worker, standby, takeovers and more."""
+        return control.ask(str(self.store), {"do": "status"}, PATIENCE)
+
+    def worker(self) -> int:
+        """The process that serves; waits while none does."""
+        return int(until(lambda: self.status()["worker"], "a worker that serves"))
+
+    def kill_worker(self, number: int = signal.SIGKILL) -> int:
+        """Kill the worker that serves, and have the log say that another takes over. Returns which it was, once it is gone."""
+        pid = self.worker()
+        self.tolerated += [rf"worker \d+ was killed by signal {int(number)}$", r"worker \d+ has taken over$"]
+        os.kill(pid, number)
+        until(lambda: not os.path.exists(f"/proc/{pid}"), f"the end of worker {pid}")
+        return pid
+
+    def dead(self) -> bool:
+        """Whether the mount is there and nobody serves it: then nobody takes it for an empty directory."""
+        try:
+            os.listdir(self.path)
+        except OSError as problem:
+            return entry_at(self.path) is not None and problem.errno == errno.ENOTCONN
+        return False
+
+    def given_up(self) -> None:
+        """Wait for the daemon to give up: exit code 27, the mount left, dead and not bare. Then clear it away."""
+        self.killed = True
+        assert self.process.wait(PATIENCE) == 27, self.log()
+        assert self.dead()
+        run("umount", self.path, key=None)
+        assert entry_at(self.path) is None
+
     def umount(self, key: str | None = None) -> None:
         """Unmount through the command line; the daemon has to end by itself, with exit code 0."""
         run("umount", self.path, key=key)
@@ -264,19 +302,37 @@ class Mount:
 
 
 def command_as_user(user: int) -> list[str]:
-    """A prefix that runs a command as `user`, without root's privileges.
+    """A prefix that runs a command as `user`, without any of root's privileges, in a mount namespace of its own.
 
-    An interpreter below a directory that only root may enter would not find its own library as any other user: then
-    the one capability that lets it be read is left to the command, and nothing else.
+    A directory that only root may enter (/root, usually) on the way to the repository, .venv or the interpreter is covered
+    in that namespace by one that everybody may enter and that has nothing but those in it.
     """
-    prefix = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-    bare = [*prefix, "--inh-caps=-all", "--ambient-caps=-all"]
-    probe = [*bare, sys.executable, "-c", "import sys; print(sys.base_prefix)"]
-    done = subprocess.run(probe, capture_output=True, text=True, timeout=PATIENCE)
-    if done.returncode == 0 and done.stdout.strip() == sys.base_prefix:
-        return bare
-    read = "dac_read_search"
-    return [*prefix, f"--inh-caps=-all,+{read}", f"--ambient-caps=-all,+{read}"]
+    keep = sorted({os.path.realpath(path) for path in (ROOT, sys.prefix, sys.base_prefix)})
+    covers: dict[str, list[str]] = {}
+    for path in keep:
+        if top := first_closed(path):
+            covers.setdefault(top, []).append(path)
+    script = ["set -e"]
+    for top, paths in covers.items():
+        # A descriptor still leads to what the cover hides; the shell has 3 to 9.
+        script += [f"exec {fd}<{shlex.quote(path)}" for fd, path in enumerate(paths, 3)]
+        script += [f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(top)}"]
+        for fd, path in enumerate(paths, 3):
+            script += [f"mkdir -p {shlex.quote(path)}"]
+            script += [f"mount --no-canonicalize --bind /proc/self/fd/{fd} {shlex.quote(path)}", f"exec {fd}<&-"]
+    script += ['cd "$PWD"', 'exec "$@"']
+    namespace = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", "\n".join(script), "sh"]
+    return [
+        *namespace,
+        *("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all", "--ambient-caps=-all"),
+    ]
+
+
+def first_closed(path: str) -> str:
+    """The topmost directory above `path` that others may not enter, or an empty string."""
+    steps = path.split("/")
+    above = ["/".join(steps[:n]) for n in range(2, len(steps))]
+    return next((directory for directory in above if not os.stat(directory).st_mode & stat.S_IXOTH), "")
 
 
 @contextlib.contextmanager
@@ -286,9 +342,12 @@ def mounted(
     *options: str,
     key: str = KEY,
     expect: tuple[str, ...] = (),
+    program: Sequence[str] | None = None,
+    environ: dict[str, str] | None = None,
 ) -> Iterator[Mount]:
     """Serve `store` at `mountpoint` (made if missing) with `encfs-js mount --foreground options`.
 
+    program: what is run as encfs-js instead of COMMAND; environ: what its environment has beside the usual.
     The block starts when the mount answers. At its end the store is unmounted with `encfs-js umount`, unless the
     block did that or killed the daemon, and the daemon's log must hold exactly the complaints that were expected.
     """
@@ -297,8 +356,8 @@ def mounted(
     log_file = mountpoint.parent / f"{mountpoint.name}.{number}.log"
     with open(log_file, "wb") as log:
         process = subprocess.Popen(
-            [*COMMAND, "mount", str(store), str(mountpoint), "--foreground", *options],
-            env=environment(key),
+            [*(program or COMMAND), "mount", str(store), str(mountpoint), "--foreground", *options],
+            env=environment(key) | (environ or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 DAY_NS = 86_400 * 10**9
 BEGAN = 20 * DAY_NS  # when the run that is cut began; files that it has not touched are days older
 FAR = 1 << 40
-STAT_FIELDS = [name for name in dir(os.stat_result) if name.startswith("st_")]
+# os.stat_result takes these seven by position, and from Python 3.13 on not by name as well.
+IN_ORDER = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size")
+BY_NAME = sorted({name for name in dir(os.stat_result) if name.startswith("st_")} - set(IN_ORDER))
 
 
 class Shown(Backing):
@@ -30,10 +32,9 @@ class Shown(Backing):
     def _other(self, found: os.stat_result) -> os.stat_result:
         if not (fields := self.shown(found)):
             return found
-        others = {name: getattr(found, name) for name in STAT_FIELDS}
-        numbers = list(found)
-        numbers[1] = fields.get("st_ino", found.st_ino)
-        return os.stat_result(numbers, {**others, **fields})
+        numbers = [fields.get(name, number) for name, number in zip(IN_ORDER, found, strict=False)]
+        others = {name: fields.get(name, getattr(found, name)) for name in BY_NAME}
+        return os.stat_result([*numbers, *found[len(IN_ORDER) :]], others)
 
     def fstat(self, fd):
         return self._other(os.fstat(fd))

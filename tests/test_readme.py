@@ -108,7 +108,8 @@ sets_nothing_up = pytest.mark.skipif(bool(why_no_quickstart()), reason=why_no_qu
 
 def start_quickstart(scratch: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["bash", ROOT / "examples" / "quickstart.sh"],
+        # What is run in the background has SIGINT ignored, and no shell below it could trap it.
+        ["env", "--default-signal=INT", "bash", ROOT / "examples" / "quickstart.sh"],
         env={**mounts.environment(None), "TMPDIR": str(scratch)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
