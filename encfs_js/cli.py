@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from encfs_js import __version__
+from encfs_js import __version__, logs
 from encfs_js.errors import EncfsError, StoreIoError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _ROOMS: Final = {
     "verify": "cli_verify",
     "inspect": "cli_inspect",
     "guard": "cli_guard",
+    "systemd": "cli_systemd",
 }
 
 
@@ -108,9 +109,7 @@ def _trace() -> None:
 
 
 def _fail(message: str, hint: str, code: int) -> int:
-    print(f"encfs-js: error: {one_line(message)}", file=sys.stderr)
-    if hint:
-        print(f"encfs-js: hint: {one_line(hint)}", file=sys.stderr)
+    logs.print_error(one_line(message), one_line(hint))
     return code
 
 

@@ -38,6 +38,11 @@ _PATIENCE: Final = 120.0  # seconds: the tree of a large store is walked
     help="Let other users in. Default: yes when root mounts, no otherwise.",
 )
 @click.option(
+    "--owner",
+    metavar="USER[:GROUP]",
+    help="Show what belongs to the daemon's user as this user's. Default: the daemon's own.",
+)
+@click.option(
     "--writeback/--no-writeback",
     default=None,
     help="Let the kernel collect writes until a sync, or hand every write to the daemon at once. Default: collect.",
@@ -53,6 +58,7 @@ def mount(
     read_only: bool,
     cipher: Suite | None,
     allow_other: bool | None,
+    owner: str | None,
     writeback: bool | None,
     log_file: str | None,
 ) -> int:
@@ -69,12 +75,13 @@ def mount(
     room.check_store(store)
     room.check_mountpoint(store, mountpoint)
     _, keys = source.unlock(store)
-    given = {"cipher": cipher, "log_file": log_file, "allow_other": allow_other, "writeback": writeback}
+    given = {"cipher": cipher, "log_file": log_file, "allow_other": allow_other, "writeback": writeback, "owner": owner}
     given["read_only"] = read_only or None
     if allow_other is None:
         allow_other = os.geteuid() == 0 if config.allow_other is None else config.allow_other
     if writeback is None:
         writeback = config.writeback is not False
+    owner = owner or config.owner
     options = room.Options(
         store=store,
         mountpoint=mountpoint,
@@ -82,6 +89,7 @@ def mount(
         read_only=read_only or config.read_only,
         writeback=writeback,
         allow_other=allow_other,
+        owner=configuration.find_owner(owner) if owner is not None else None,
         log_file=log_file or config.log_file,
         config=source.config_file,
         given=tuple(name for name, value in given.items() if value is not None),
@@ -118,10 +126,11 @@ def _renewed(options: dict[str, Any], config: configuration.Config) -> dict[str,
         "log_file": os.path.abspath(config.log_file) if config.log_file is not None else None,
         "read_only": config.read_only,
         "writeback": config.writeback is not False,
-        "allow_other": os.geteuid() == 0 if config.allow_other is None else config.allow_other,
+        "allow_other": options["allow_other"] if config.allow_other is None else config.allow_other,
+        "owner": list(configuration.find_owner(config.owner)) if config.owner is not None else None,
     }
     changed = {name: value for name, value in wanted.items() if name not in options["given"] and value != options[name]}
-    for name in ("read_only", "writeback", "allow_other"):
+    for name in ("read_only", "writeback", "allow_other", "owner"):
         if name in changed:
             raise ConfigError(
                 f"{options['config']}: $.{name}: cannot change in a mount that stands",

@@ -7,8 +7,10 @@ repeats a value: a key that slipped into the wrong line must not end up in a log
 from __future__ import annotations
 
 import difflib
+import grp
 import logging
 import os
+import pwd
 import re
 import shlex
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -65,6 +67,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     mountpoint: _Path | None = None
     writeback: bool | Literal["auto"] = "auto"
     allow_other: bool | None = None
+    owner: Annotated[str, msgspec.Meta(pattern=r"\A[^:\0]+(:[^:\0]+)?\Z")] | None = None
     read_only: bool = False
     log_file: _Path | None = None
     plaintext: Literal["refuse", "read"] | None = None
@@ -90,6 +93,7 @@ _EXPECTED = {
     "$.mountpoint": "a path",
     "$.writeback": "true, false or auto",
     "$.allow_other": "true or false",
+    "$.owner": "a user, or user:group",
     "$.read_only": "true or false",
     "$.log_file": "a path",
     "$.plaintext": "refuse or read",
@@ -122,6 +126,21 @@ def load(path: str, *, environ: MutableMapping[str, str] = os.environ, with_key:
     if secret and mode & 0o044:
         log.warning("%s has a key in it and can be read by other users: chmod 600 %s", path, shlex.quote(path))
     return config
+
+
+def find_owner(owner: str) -> tuple[int, int]:
+    """Return the numbers of `user` (with its own group) or `user:group`, each a name or a number. Raises ConfigError."""
+    user, _, group = owner.partition(":")
+    try:
+        if group:
+            uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+            return uid, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        known = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+    except (KeyError, OverflowError):
+        raise ConfigError(
+            f"owner {owner}: there is no such user or group", hint="USER or USER:GROUP, each a name or a number."
+        ) from None
+    return known.pw_uid, known.pw_gid
 
 
 def _parse(text: bytes, environ: MutableMapping[str, str], *, with_key: bool = True) -> tuple[Config, bool]:

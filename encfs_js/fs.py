@@ -27,7 +27,7 @@ from encfs_js import journal, revive, times
 from encfs_js.format import PAGE, page_of
 from encfs_js.journal import Entry, Journal
 from encfs_js.pace import Pace, await_pages
-from encfs_js.reply import entry_of, figures_of, nothing, replies
+from encfs_js.reply import Owner, entry_of, figures_of, nothing, replies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ _GROW: Final = 1 << 20
 class Operations(pyfuse3.Operations):
     """The requests of one mount. writeback: the kernel caches writes. read_only: nothing may change.
 
-    notes: what is about to be done to names, and what workers that died have done and did not answer.
+    notes: what is about to be done to names, and what workers that died have done and did not answer. owner: as Owner has it.
     """
 
     supports_dot_lookup = False
@@ -63,6 +63,7 @@ class Operations(pyfuse3.Operations):
         *,
         writeback: bool,
         read_only: bool,
+        owner: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = writeback
@@ -71,6 +72,7 @@ class Operations(pyfuse3.Operations):
         self._writeback = writeback
         self._read_only = read_only
         self._notes = notes
+        self._owner = Owner(owner)
         self.answering: Callable[[], None] = lambda: None
         self.answered = trio.Event()
         self._pace_of_syncs = Pace()
@@ -98,7 +100,7 @@ class Operations(pyfuse3.Operations):
         return True
 
     def _entry(self, node: Node, found: os.stat_result) -> pyfuse3.EntryAttributes:
-        return entry_of(self._files, node, found)
+        return self._owner.show(entry_of(self._files, node, found))
 
     # -- names
 
@@ -209,7 +211,8 @@ class Operations(pyfuse3.Operations):
                 self._notes.change(inode)
             self._files.detach(node)
         if fields.update_uid or fields.update_gid or not _sets(fields):
-            tree.chown(node, attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1)
+            uid, gid = attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1
+            tree.chown(node, *self._owner.real(uid, gid))
         if fields.update_mode:
             tree.chmod(node, attr.st_mode)
         found = tree.stat(node)

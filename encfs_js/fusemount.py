@@ -76,6 +76,14 @@ def _mounted() -> list[tuple[str, str]]:
     return [(device, _ESCAPE.sub(lambda m: chr(int(m[1], 8)), path)) for _, _, device, _, path, _ in fields]
 
 
+def syncing() -> int:
+    """Begin to have the kernel write back what it holds, of all file systems. Returns the process that does it.
+
+    It needs neither a privilege nor a descriptor; and it waits for those one has to look after, as unmounting does.
+    """
+    return os.posix_spawnp("sync", ["sync"], {"PATH": os.environ.get("PATH", os.defpath)})
+
+
 def first_request(fuse: int) -> bytes:
     """Return the FUSE_INIT request, which the kernel sends once per mount. Raises OSError ENODEV when it is gone."""
     return os.read(fuse, _FIRST_READ)

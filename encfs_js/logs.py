@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import Final
 
 log: Final = logging.getLogger("encfs_js")
@@ -17,6 +18,23 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines() or [""])
 
 
+def to_journal() -> bool:
+    """Tell whether stderr leads to journald, which takes a priority, as in `<3>`, from the start of a line."""
+    try:
+        found = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def print_error(message: str, hint: object) -> None:
+    """Print what went wrong, and the hint if there is one, for a person or for the journal."""
+    first = "<3>" if to_journal() else ""
+    print(f"{first}encfs-js: error: {message}", file=sys.stderr)
+    if hint:
+        print(f"{first}encfs-js: hint: {hint}", file=sys.stderr)
+
+
 def configure(path: str | None, *, foreground: bool) -> None:
     """Send this process's log there, and nowhere else. Raises OSError when the file cannot be opened."""
     handler: logging.Handler
@@ -25,7 +43,7 @@ def configure(path: str | None, *, foreground: bool) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     elif foreground:
         handler = logging.StreamHandler()
-        handler.setFormatter(_JournalFormatter() if os.environ.get("JOURNAL_STREAM") else _LINE)
+        handler.setFormatter(_JournalFormatter() if to_journal() else _LINE)
     elif os.path.exists("/dev/log"):
         from logging.handlers import SysLogHandler  # noqa: PLC0415  it brings the network modules with it
 

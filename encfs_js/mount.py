@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from encfs_js import errors, keymemory, state
+from encfs_js import errors, keymemory, notify, state
 from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAStoreError, StoreUnsuitableError
-from encfs_js.mounts import FS_TYPE, mounts
+from encfs_js.mounts import FS_TYPE, find_store, mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,7 @@ WORKER: Final = (sys.executable, "-m", "encfs_js.worker")
 class Options:
     """How to mount. cipher: for new files, None for what the keyring says. log_file: None for stderr or syslog.
 
+    owner: user and group that the mount shows in the place of the daemon's own.
     config: the file that a reload reads again; given: what the command line says and no configuration can change.
     """
 
@@ -36,6 +37,7 @@ class Options:
     read_only: bool = False
     writeback: bool = True
     allow_other: bool = False
+    owner: tuple[int, int] | None = None
     log_file: str | None = None
     config: str | None = None
     given: tuple[str, ...] = ()
@@ -59,7 +61,13 @@ def check_store(store: str) -> None:
 
 
 def check_mountpoint(store: str, mountpoint: str) -> None:
-    """Raise MountpointError unless `mountpoint` is an empty directory apart from the store."""
+    """Raise MountpointError unless `mountpoint` is an empty directory apart from the store.
+
+    When the service manager passes /dev/fuse, it is mounted already and nobody serves it yet: then it is not touched.
+    """
+    if notify.was_passed("fuse", os.environ):
+        _real_mountpoint(store, mountpoint)
+        return
     try:
         names = os.listdir(mountpoint)
     except FileNotFoundError:
@@ -86,6 +94,19 @@ def check_mountpoint(store: str, mountpoint: str) -> None:
         )
 
 
+def _real_mountpoint(store: str, mountpoint: str) -> str:
+    """Return the mountpoint as the kernel has it, or is to have it. Raises MountpointError."""
+    if not notify.was_passed("fuse", os.environ):
+        return os.path.realpath(mountpoint)
+    entry = find_store(store, mountpoint)
+    if entry is None:
+        raise MountpointError(
+            f"{mountpoint}: {store} is not mounted there, as far as can be seen from here",
+            hint="the unit's sandbox hides what is below /home, /root, /run/user, /tmp and /var/tmp",
+        )
+    return entry.mountpoint
+
+
 # -- starting
 
 
@@ -100,7 +121,7 @@ def mount(options: Options, keys: Keys, *, foreground: bool, worker: Sequence[st
     options = replace(
         options,
         store=os.path.realpath(options.store),
-        mountpoint=os.path.realpath(options.mountpoint),
+        mountpoint=_real_mountpoint(options.store, options.mountpoint),
         log_file=os.path.abspath(options.log_file) if options.log_file is not None else None,
         config=os.path.abspath(options.config) if options.config is not None else None,
     )
@@ -141,6 +162,7 @@ def worker_options(options: Options, *, foreground: bool) -> dict[str, Any]:
         "read_only": options.read_only,
         "writeback": options.writeback,
         "allow_other": options.allow_other,
+        "owner": options.owner,
         "log_file": options.log_file,
         "config": options.config,
         "given": options.given,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
 from typing import Final
 
+log: Final = logging.getLogger("encfs_js")
 FS_TYPE: Final = "fuse.encfs_js"
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
@@ -51,3 +53,33 @@ def find(mountpoint: str) -> MountEntry | None:
     real = os.path.realpath(plain)
     there = [entry for entry in table if entry.mountpoint == real]
     return there[-1] if there and there[-1].fs_type == FS_TYPE else None
+
+
+def find_store(store: str, mountpoint: str) -> MountEntry | None:
+    """Return the mount of `store`, the one at `mountpoint` if there are several, or None. Does not touch the mount."""
+    source = os.path.realpath(store)
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    wanted = os.path.join(os.path.realpath(parent), name)
+    ours = [entry for entry in mounts() if entry.fs_type == FS_TYPE and entry.source == source]
+    return next((entry for entry in ours if entry.mountpoint == wanted), ours[0] if ours else None)
+
+
+def tune(mountpoint: str) -> None:
+    """Allow larger reads and more requests at a time where we may (root); 128 KiB reads become 1 MiB reads.
+
+    Not before FUSE_INIT is answered: the answer sets it all anew.
+    """
+    device = next((m.device for m in mounts() if m.mountpoint == mountpoint and m.fs_type == FS_TYPE), None)
+    if device is None:
+        return
+    minor = device.split(":")[1]
+    for path, value in (
+        (f"/sys/class/bdi/{device}/read_ahead_kb", "1024"),
+        (f"/sys/fs/fuse/connections/{minor}/max_background", "64"),
+        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", "48"),
+    ):
+        try:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError as exc:
+            log.debug("%s: %s", path, exc.strerror)

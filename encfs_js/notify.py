@@ -43,6 +43,11 @@ class Notify:
             self.say(f"STATUS={text}")
 
 
+def was_passed(name: str, environ: os._Environ[str] | dict[str, str]) -> bool:
+    """Tell whether the service manager passed this very process a descriptor of that name; `passed` takes it."""
+    return environ.get("LISTEN_PID") == str(os.getpid()) and name in environ.get("LISTEN_FDNAMES", "").split(":")
+
+
 def passed(environ: os._Environ[str] | dict[str, str]) -> dict[str, int]:
     """Return the descriptors that the service manager passed, by name (sd_listen_fds(3)); takes them out of `environ`."""
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import stat
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
@@ -14,8 +15,7 @@ from encfs_js import times
 from encfs_js.errors import IntegrityError
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from encfs_js.files import Files
     from encfs_js.tree import Node
@@ -48,6 +48,27 @@ def replies(handler: Callable[Concatenate[Q, P], Awaitable[R]]) -> Callable[Conc
             raise pyfuse3.FUSEError(errno.EIO) from exc
 
     return cast("Callable[Concatenate[Q, P], Coroutine[Any, Any, R]]", reply)
+
+
+class Owner:
+    """Whom the mount shows in the place of the daemon's own user and group. shown: their two numbers, None for its own."""
+
+    def __init__(self, shown: Sequence[int] | None) -> None:
+        self._ours = (os.geteuid(), os.getegid())
+        self._shown = self._ours if shown is None else (shown[0], shown[1])
+
+    def show(self, entry: pyfuse3.EntryAttributes) -> pyfuse3.EntryAttributes:
+        """Return the attributes with what is ours shown as theirs."""
+        if entry.st_uid == self._ours[0]:
+            entry.st_uid = self._shown[0]
+        if entry.st_gid == self._ours[1]:
+            entry.st_gid = self._shown[1]
+        return entry
+
+    def real(self, uid: int, gid: int) -> tuple[int, int]:
+        """Return whom a file is really given to, when it is to be given to these; -1 stays -1."""
+        ours, shown = self._ours, self._shown
+        return ours[0] if uid == shown[0] else uid, ours[1] if gid == shown[1] else gid
 
 
 def entry_of(files: Files, node: Node, found: os.stat_result) -> pyfuse3.EntryAttributes:

@@ -33,6 +33,7 @@ log: Final = logging.getLogger("encfs_js")
 _TURN: Final = 0.25  # seconds
 _OVERSLEPT: Final = 1.0
 _AGAIN: Final = 0.5  # seconds until a busy mount is tried again
+_DRAIN: Final = 2.0  # seconds in which the worker writes what sync(2) has the kernel hand to it
 _MOST_BUGS: Final = 100
 
 
@@ -47,7 +48,8 @@ class Supervisor:
         self._handlers: dict[int, Callable[[], object]] = {}
         fuse = notify.passed(os.environ).get("fuse", -1)
         self._succession = Succession(orders, fuse, self.watch, self._on_serving)
-        self._passed = fuse >= 0
+        self._passed = fuse >= 0  # somebody else has mounted it
+        self._synced = False
         self._asked = 0  # to stop: how often
         self._unmounting = -1  # a pidfd
         self._next_try = self._next_sign = 0.0
@@ -129,9 +131,7 @@ class Supervisor:
         if self._orders["ready"] is not None:
             self._ready(json.dumps(problem).encode())
         elif not self._succession.served:
-            print(f"encfs-js: error: {problem['message']}", file=sys.stderr)
-            if problem.get("hint"):
-                print(f"encfs-js: hint: {problem['hint']}", file=sys.stderr)
+            logs.print_error(problem["message"], problem.get("hint"))
 
     # -- stopping
 
@@ -140,12 +140,23 @@ class Supervisor:
         self._next_try = 0.0
 
     def _unmount(self) -> None:
-        """Have it unmounted: the kernel then writes back what it holds. A second signal does it lazily."""
+        """Have it unmounted: the kernel then writes back what it holds. A second signal does it lazily.
+
+        Who has mounted it instead of us can unmount it, and we cannot. The unit does that before it ends us, unless it is
+        stopped while it starts or reloads: then the mount dies with us, but not what was written to it.
+        """
+        if self._synced:
+            self._succession.exit_code = 128 + signal.SIGTERM
+            return
         try:
-            mountpoint = fusemount.mountpoint_of(self._succession.device) or self._mountpoint
-            pid = fusemount.unmounting(mountpoint, lazy=self._asked > 1)
+            if self._passed:
+                log.warning("%s is still mounted, and cannot be unmounted from here", self._mountpoint)
+                pid = fusemount.syncing()
+            else:
+                mountpoint = fusemount.mountpoint_of(self._succession.device) or self._mountpoint
+                pid = fusemount.unmounting(mountpoint, lazy=self._asked > 1)
         except OSError as problem:
-            log.error("%s: fusermount3 could not be started: %s", self._mountpoint, problem.strerror)
+            log.error("%s: fusermount3 or sync could not be started: %s", self._mountpoint, problem.strerror)
             self._next_try = time.monotonic() + _AGAIN
             return
         self._unmounting = os.pidfd_open(pid)
@@ -155,7 +166,12 @@ class Supervisor:
         self.watch(self._unmounting, None)
         os.close(self._unmounting)
         self._unmounting = -1
-        if os.waitpid(pid, 0)[1] == 0:
+        status = os.waitpid(pid, 0)[1]
+        if self._passed:
+            self._synced = True
+            self._next_try = time.monotonic() + _DRAIN
+            return
+        if status == 0:
             self._asked = 0
             return
         if self._next_try == 0.0:

@@ -33,7 +33,7 @@ from encfs_js.files import Files
 from encfs_js.format import Suite
 from encfs_js.fs import Operations
 from encfs_js.guard import Guard
-from encfs_js.mounts import FS_TYPE, mounts
+from encfs_js.mounts import tune
 from encfs_js.reserve import Reserve
 from encfs_js.sealed import FileKeys
 from encfs_js.tree import Tree
@@ -125,7 +125,7 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
             world.files.forget(ino)
     operations = Operations(
         world.tree, world.files, notes,
-        writeback=world.options["writeback"], read_only=world.options["read_only"],
+        writeback=world.options["writeback"], read_only=world.options["read_only"], owner=world.options["owner"],
     )  # fmt: skip
     kernel, libfuse = wire.pair()
     kernel.send(resend.copy_of_init(init) if resumed else init)
@@ -169,27 +169,8 @@ async def _beat(sock: socket.socket) -> None:
 
 
 async def _tune_when_answered(operations: Operations, mountpoint: str) -> None:
-    """Tune the mount, but not before FUSE_INIT is answered: the answer sets it all anew."""
     await operations.answered.wait()
-    _tune(mountpoint)
-
-
-def _tune(mountpoint: str) -> None:
-    device = next((m.device for m in mounts() if m.mountpoint == mountpoint and m.fs_type == FS_TYPE), None)
-    if device is None:
-        return
-    minor = device.split(":")[1]
-    for path, value in (
-        # Larger reads and more requests at a time, where we may (root); 128 KiB reads become 1 MiB reads.
-        (f"/sys/class/bdi/{device}/read_ahead_kb", "1024"),
-        (f"/sys/fs/fuse/connections/{minor}/max_background", "64"),
-        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", "48"),
-    ):
-        try:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(value)
-        except OSError as exc:
-            log.debug("%s: %s", path, exc.strerror)
+    tune(mountpoint)
 
 
 async def _keep_house(world: World, reserve: Reserve) -> None:

@@ -163,10 +163,7 @@ async def come_and_go(life: Life, stream: JetStreamContext) -> None:
         life.streams_made += 1
         name = f"TEMPORARY-{life.streams_made}"
         await stream.add_stream(name=name, subjects=[f"temporary.{life.streams_made}"])
-        sent = [
-            life.message(f"temporary.{life.streams_made}", f"{name} {i}")
-            for i in range(life.chance.randrange(30))
-        ]
+        sent = [life.message(f"temporary.{life.streams_made}", f"{name} {i}") for i in range(life.chance.randrange(30))]
         for seq, message in enumerate(sent, 1):
             assert await send(stream, message) == seq
         for seq, message in enumerate(sent, 1):
@@ -268,9 +265,7 @@ def soak(where: Path, *, kills: int, seed: int, options: tuple[str, ...] = ()) -
         began = time.monotonic()
         lives = asyncio.run(asyncio.wait_for(work(mount, servers, kills, seed), 60 + 5 * kills))
         took = time.monotonic() - began
-        assert [
-            server.process.pid for server in servers.values() if server.process and server.alive()
-        ] == pids
+        assert [server.process.pid for server in servers.values() if server.process and server.alive()] == pids
         assert mount.status()["takeovers"] == kills
         for life in lives:
             compare(life, servers[life.name])
@@ -282,13 +277,9 @@ def soak(where: Path, *, kills: int, seed: int, options: tuple[str, ...] = ()) -
         stack.enter_context(mounts.mounted(store, mountpoint, *options))
         for life in lives:
             sync = syncs[life.name]
-            server = stack.enter_context(
-                world.serving(mountpoint / life.name, where / f"again-{life.name}", sync=sync)
-            )
+            server = stack.enter_context(world.serving(mountpoint / life.name, where / f"again-{life.name}", sync=sync))
             compare(life, server)
-    lines = [
-        f"{kills} kills in {took:.0f} s, seed {seed}{' '.join(('', *options))}; no error, nothing lost or doubled"
-    ]
+    lines = [f"{kills} kills in {took:.0f} s, seed {seed}{' '.join(('', *options))}; no error, nothing lost or doubled"]
     for life in lives:
         pauses = sorted(life.pauses)
         lines.append(

@@ -28,9 +28,7 @@ def make_store(path: Path, *, plaintext: str = "refuse") -> Path:
     """A store whose key is found quickly."""
     path.mkdir(exist_ok=True)
     kdf = keyring.Kdf(1, 1, 64)
-    keyring.write(
-        str(path), keyring.create(mounts.KEY.encode(), cipher=Suite.AES, plaintext=plaintext, kdf=kdf)
-    )
+    keyring.write(str(path), keyring.create(mounts.KEY.encode(), cipher=Suite.AES, plaintext=plaintext, kdf=kdf))
     return path
 
 
@@ -135,9 +133,7 @@ class Load:
     def __init__(self, *callers: Callable[[Callable[[], bool]], None]) -> None:
         self._end = threading.Event()
         self._problems: list[BaseException] = []
-        self._threads = [
-            threading.Thread(target=self._run, args=(caller,), daemon=True) for caller in callers
-        ]
+        self._threads = [threading.Thread(target=self._run, args=(caller,), daemon=True) for caller in callers]
 
     def _run(self, caller: Callable[[Callable[[], bool]], None]) -> None:
         try:

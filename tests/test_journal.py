@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-LONGEST = Entry(
-    journal.RENAME, 2**63, b"\xff" * 255, 7, b"\x01" * 255, ino=2**64 - 1, other=9, flags=2, pid=2**22
-)
+LONGEST = Entry(journal.RENAME, 2**63, b"\xff" * 255, 7, b"\x01" * 255, ino=2**64 - 1, other=9, flags=2, pid=2**22)
 OTHER = Entry(journal.UNLINK, 3, b"name", ino=4, pid=77)
 
 # --- the journal --------------------------------------------------------------------------------------------------
@@ -344,9 +342,7 @@ def test_what_a_lost_directory_held_was_not_done(tree: Tree) -> None:
 
 
 def test_every_name_is_known_again(tree: Tree, tmp_path: Path) -> None:
-    names = {
-        path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if META not in path.parts
-    }
+    names = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if META not in path.parts}
     assert set(tree.nodes) == {1} | {ino(path) for path in names.values()}
     for name, path in names.items():
         parent, _, last = name.rpartition("/")

@@ -13,8 +13,8 @@ import encfs_js
 ROOMS = """
     __init__ errors logs hygiene wire notify control fusemount journal resend spawn succession supervisor
     format backing mounts keydocument keyring keysource config keymemory sealed crash redo state guard reserve
-    tree times opening files sweep revive pace reply fs session worker mount inspect verify
-    cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_verify cli __main__
+    tree times opening files sweep revive pace reply fs session worker mount premount inspect verify
+    cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd cli_verify cli __main__
 """.split()  # noqa: SIM905
 FUSE = {"fs", "pace", "reply", "session", "worker"}
 ONLY = {"pyfuse3": FUSE, "trio": FUSE, "click": {room for room in ROOMS if room.startswith("cli")}}

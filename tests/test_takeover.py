@@ -415,9 +415,7 @@ def test_files_that_lost_their_names_go_on(faulty: Faulty) -> None:
     here.mkdir()
     path = here / "several"
     path.write_bytes(DATA)
-    reader, writer, appender = (
-        os.open(path, flags) for flags in (os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND)
-    )
+    reader, writer, appender = (os.open(path, flags) for flags in (os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND))
     path.unlink()
     faulty.mount.kill_worker()
     os.pwrite(writer, b"new", 5000)
@@ -537,9 +535,7 @@ def test_supervisor_that_slept_kills_nobody(faulty: Faulty) -> None:
     assert faulty.mount.worker() == pid
 
 
-CRITICAL = (
-    r"CRITICAL: \S+/mnt: given up, and the mount left dead: 5 workers failed within 60 s; the last one, "
-)
+CRITICAL = r"CRITICAL: \S+/mnt: given up, and the mount left dead: 5 workers failed within 60 s; the last one, "
 
 
 def test_given_up_when_no_worker_starts(alone) -> None:

@@ -164,9 +164,7 @@ def test_disk_is_gone(alone, disk: Disk) -> None:
         mount.expect("CRITICAL: .*given up, .* no encfs_js store")
         os.kill(pid, signal.SIGKILL)
         mount.given_up()
-    mounts.until(
-        lambda: subprocess.run(["mount", "-o", "loop", disk.image, disk.top]).returncode == 0, "the disk"
-    )
+    mounts.until(lambda: subprocess.run(["mount", "-o", "loop", disk.image, disk.top]).returncode == 0, "the disk")
     mount_again(faulty)
     with mounts.mounted(mount.store, mount.path) as again:
         assert (again.path / "after").read_bytes() == DATA
@@ -185,9 +183,7 @@ def test_errors_of_the_disk_reach_who_asks(alone) -> None:
         os.fsync(fd)
         mount.kill_worker()
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        plan.write(
-            {"call": "preadv", "name": "file", "skip": 2, "do": "fail", "errno": errno.EIO, "stay": True}
-        )
+        plan.write({"call": "preadv", "name": "file", "skip": 2, "do": "fail", "errno": errno.EIO, "stay": True})
         assert outcome(lambda: os.pread(fd, 1 << 20, 0)) == "EIO"
         mount.kill_worker()
         assert outcome(lambda: os.pread(fd, 1 << 20, 0)) == "EIO"
@@ -207,9 +203,7 @@ def test_disk_fails_at_the_very_end(alone) -> None:
     with alone() as faulty:
         mount, plan = faulty.mount, faulty.plan
         plan.write({"call": "save", "do": "fail", "errno": errno.EIO, "stay": True})
-        mount.expect(
-            "CRITICAL: .* unmounted, but what was written last may not be on the disk: Input/output error"
-        )
+        mount.expect("CRITICAL: .* unmounted, but what was written last may not be on the disk: Input/output error")
         mounts.run("umount", mount.path, key=None)
         assert mount.process.wait(mounts.PATIENCE) == 25
         mount.killed = True
@@ -373,9 +367,7 @@ def of_process(pid: int, name: str) -> bytes:
 
 def kib(pid: int, field: str) -> int:
     """A figure of /proc/PID/status."""
-    line = next(
-        line for line in of_process(pid, "status").decode().splitlines() if line.startswith(field + ":")
-    )
+    line = next(line for line in of_process(pid, "status").decode().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1])
 
 
@@ -405,9 +397,7 @@ def test_keys_are_in_memory_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert kib(pid, "VmLck") or name == "standby", f"{name} has no memory locked"
         for pid in pids.values():
             keys_of = [
-                fd
-                for fd in os.listdir(f"/proc/{pid}/fd")
-                if "memfd:keys" in os.readlink(f"/proc/{pid}/fd/{fd}")
+                fd for fd in os.listdir(f"/proc/{pid}/fd") if "memfd:keys" in os.readlink(f"/proc/{pid}/fd/{fd}")
             ]
             assert len(keys_of) == 1
             with pytest.raises(PermissionError):
