@@ -129,7 +129,8 @@ def _renewed(options: dict[str, Any], config: configuration.Config) -> dict[str,
         "allow_other": options["allow_other"] if config.allow_other is None else config.allow_other,
         "owner": list(configuration.find_owner(config.owner)) if config.owner is not None else None,
     }
-    changed = {name: value for name, value in wanted.items() if name not in options["given"] and value != options[name]}
+    given = options["given"]
+    changed = {name: value for name, value in wanted.items() if name not in given and value != options.get(name)}
     for name in ("read_only", "writeback", "allow_other", "owner"):
         if name in changed:
             raise ConfigError(

@@ -49,6 +49,7 @@ class Succession:
     ) -> None:
         self.mountpoint: str = orders["mountpoint"]
         self.fuse = fuse
+        self._passed = fuse >= 0  # somebody else has mounted, and unmounts
         self.device = ""
         self.options: int = orders["worker"]  # the memfd with the options of the workers to come
         self.can_resend = True
@@ -274,6 +275,7 @@ class Succession:
                 self.problem = MountFailedError(text, hint="look at its log; --foreground shows it").as_json()
             if self._first:
                 os.close(self.fuse)
+            if self._first and not self._passed:
                 os.waitpid(fusemount.unmounting(self.mountpoint, lazy=True), 0)
             self.exit_code = int(self.problem["code"])
         elif not self.can_resend:

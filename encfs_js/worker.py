@@ -125,7 +125,7 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
             world.files.forget(ino)
     operations = Operations(
         world.tree, world.files, notes,
-        writeback=world.options["writeback"], read_only=world.options["read_only"], owner=world.options["owner"],
+        writeback=world.options["writeback"], read_only=world.options["read_only"], owner=world.options.get("owner"),
     )  # fmt: skip
     kernel, libfuse = wire.pair()
     kernel.send(resend.copy_of_init(init) if resumed else init)
