@@ -28,7 +28,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from encfs_js import cli, journal, mount, resend, state, supervisor, worker
+from encfs_js import journal, resend, state, worker
 from encfs_js.backing import Backing
 
 if TYPE_CHECKING:
@@ -162,20 +162,23 @@ def main() -> None:
     me = os.path.abspath(__file__)
     if sys.argv[1] == "--worker":
         serve()
-    elif sys.argv[1] == "--supervisor":
+        return
+    from encfs_js import cli, mount, supervisor  # noqa: PLC0415  a worker has no use for them, and starts sooner
+
+    if sys.argv[1] == "--supervisor":
         resend.HAS_RESEND = 0  # type: ignore[misc]
         supervisor.main()
-    else:
-        mount.mount.__kwdefaults__["worker"] = (sys.executable, me, "--worker")
-        if os.environ.get("FAULT_NO_RESEND"):
-            become = os.execve
+        return
+    mount.mount.__kwdefaults__["worker"] = (sys.executable, me, "--worker")
+    if os.environ.get("FAULT_NO_RESEND"):
+        become = os.execve
 
-            def execve(path: str, command: list[str], environ: dict[str, str]) -> None:
-                assert command[:3] == [sys.executable, "-m", "encfs_js.supervisor"]
-                become(path, [sys.executable, me, "--supervisor", *command[3:]], environ)
+        def execve(path: str, command: list[str], environ: dict[str, str]) -> None:
+            assert command[:3] == [sys.executable, "-m", "encfs_js.supervisor"]
+            become(path, [sys.executable, me, "--supervisor", *command[3:]], environ)
 
-            os.execve = execve  # type: ignore[assignment]
-        cli.main()
+        os.execve = execve  # type: ignore[assignment]
+    cli.main()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 FAULTY = [sys.executable, os.path.abspath(faulty_mount.__file__)]
 KILLED = [r"worker \d+ was killed by signal 9$", r"worker \d+ has taken over$"]
 DATA = bytes(range(251)) * 80
+
+
+def needs_memlock() -> str:
+    """Why a worker cannot die here without anybody noticing, or an empty string."""
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    if os.geteuid() != 0 and hard != resource.RLIM_INFINITY and hard < 1 << 28:
+        return "RLIMIT_MEMLOCK is too low: a request that a worker is reading when it is killed may fail"
+    return ""
 
 
 def make_store(path: Path, *, plaintext: str = "refuse") -> Path:

@@ -8,6 +8,7 @@ import mounts
 import nats_world as world
 import pytest
 import soak
+import takeover
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.mount,
     pytest.mark.nats,
     pytest.mark.skipif(bool(mounts.needs_fuse()), reason=mounts.needs_fuse() or "-"),
+    pytest.mark.skipif(bool(takeover.needs_memlock()), reason=takeover.needs_memlock() or "-"),
     pytest.mark.skipif(bool(world.needs_server()), reason=world.needs_server() or "-"),
 ]
 
