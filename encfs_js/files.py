@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import stat
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from encfs_js import crash, redo, times
@@ -63,6 +64,8 @@ class Files:
         self._plaintext = plaintext
         self.writeback = writeback
         self._torn = 0
+        # Who waits for the disk with a node's descriptor: handles from before this worker are not counted in `opens`.
+        self.awaited: Counter[Node] = Counter()
         self._writers: set[Node] = set()
         self._reported: set[tuple[int, int]] = set()
         self._unfinished: set[Node] = set()
@@ -129,8 +132,8 @@ class Files:
         return SealedFile(self._io, fd, self._keys)
 
     def detach(self, node: Node) -> None:
-        """Close the backing file if no handle needs it. One without a name stays until the kernel forgets it."""
-        if node.fd >= 0 and node.opens <= 0 and node.names:
+        """Close the backing file if nobody needs it. One without a name stays until the kernel forgets it."""
+        if node.fd >= 0 and node.opens <= 0 and node.names and not self.awaited[node]:
             self._close(node)
 
     def _close(self, node: Node) -> None:

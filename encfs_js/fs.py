@@ -295,7 +295,7 @@ class Operations(pyfuse3.Operations):
             return self._files.read(node, off, size)
         start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
         self._tree.io.fadvise(node.fd, start, end - start, os.POSIX_FADV_WILLNEED)
-        await self._pace_of_reads.run(await_pages, self._tree.io, node.fd, start, end)
+        await self._wait(node, self._pace_of_reads, await_pages, self._tree.io, node.fd, start, end)
         return self._files.read(node, off, size)
 
     @replies
@@ -308,7 +308,7 @@ class Operations(pyfuse3.Operations):
             await trio.lowlevel.checkpoint()
             self._notes.change(node.ino)
         if fh & _SYNC and fh & _DIRECT:
-            await self._sync(node.fd, datasync=False)
+            await self._wait(node, self._pace_of_syncs, self._tree.io.fsync, node.fd)
         return done
 
     @replies
@@ -316,10 +316,22 @@ class Operations(pyfuse3.Operations):
         """Bring a file to the disk."""
         node = self._tree.node(fh & _NODE)
         self._files.attach(node)
-        await self._sync(node.fd, datasync=datasync)
+        await self._wait(
+            node, self._pace_of_syncs, self._tree.io.fdatasync if datasync else self._tree.io.fsync, node.fd
+        )
 
-    async def _sync(self, fd: int, *, datasync: bool) -> None:
-        await self._pace_of_syncs.run(self._tree.io.fdatasync if datasync else self._tree.io.fsync, fd)
+    async def _wait(self, node: Node, pace: Pace, call: Callable[..., object], *args: object) -> None:
+        """Wait for the disk with a node's descriptor, which stays open meanwhile."""
+        awaited = self._files.awaited
+        awaited[node] += 1
+        try:
+            await pace.run(call, *args)
+        finally:
+            awaited[node] -= 1
+            if not awaited[node]:
+                del awaited[node]
+                if node.opens < 0:
+                    self._files.detach(node)
 
     @replies
     async def release(self, fh: int) -> None:
@@ -369,7 +381,7 @@ class Operations(pyfuse3.Operations):
         """Make the entries of a directory durable."""
         fd = self._tree.open(self._tree.node(_directory(fh)), os.O_RDONLY | os.O_DIRECTORY)
         try:
-            await self._sync(fd, datasync=datasync)
+            await self._pace_of_syncs.run(self._tree.io.fdatasync if datasync else self._tree.io.fsync, fd)
         finally:
             self._tree.io.close(fd)
 

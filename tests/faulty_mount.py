@@ -12,7 +12,7 @@ A step:
     bytes  so many bytes of a write are made first, then what the step says
     after  whether the call is made first
     do     "kill", "abort", "exit" or "stop" this process; "fail" with `errno`; "wait" while PLAN.gate exists, having made
-           PLAN.here; "pass"
+           PLAN.here; "doze" for a moment, as a slow disk does; "pass"
     stay   whether the step stays in the plan
 
 FAULT_NO_RESEND=1 hides from the supervisor that the kernel can send requests again.
@@ -95,6 +95,8 @@ def carry_out(step: dict[str, Any]) -> None:
             pass
         while os.path.exists(PLAN + ".gate"):
             time.sleep(0.005)
+    elif what == "doze":
+        time.sleep(0.1)
     else:
         assert what == "pass", step
 

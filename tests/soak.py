@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Final
 
 import mounts
 import nats
-import nats.errors
 import nats_world as world
 from nats.js import api
 from nats.js.errors import KeyNotFoundError
@@ -96,7 +95,7 @@ async def consume(life: Life, stream: JetStreamContext) -> None:
     while not life.stop.is_set() or life.publishing or len(life.consumed) < len(life.orders):
         try:
             batch = await subscription.fetch(50, timeout=1)
-        except nats.errors.TimeoutError:
+        except TimeoutError:  # there was none
             continue
         for msg in batch:
             assert msg.metadata.num_delivered == 1

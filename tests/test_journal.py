@@ -366,7 +366,7 @@ def test_time_of_a_walk(tmp_path: Path, count: int) -> None:
         os.close(at)
     try:
         times = []
-        for _ in range(3):
+        for _ in range(2):
             tree = Tree(Backing(), str(top), Guard(str(top)), give_to_caller=False)
             began = time.perf_counter()
             revive.walk(tree)
