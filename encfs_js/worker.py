@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import logging
 import mmap
@@ -211,6 +212,7 @@ def sync(world: World) -> None:
 def _obey(sock: socket.socket, fds: dict[str, int], options: dict[str, Any], io: Backing) -> None:
     """Do what the supervisor says, until the mount is gone."""
     memory = mmap.mmap(fds["journal"], journal.SIZE)
+    gc.freeze()  # what was imported stays: the collector need not look at it time and again (4 % of a publish, by perf)
     wire.send(sock, {"is": "loaded"})
     world, resumed = None, False
     held: dict[int, int] = {}
