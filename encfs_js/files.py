@@ -63,7 +63,6 @@ class Files:
         self._now = now
         self._plaintext = plaintext
         self.writeback = writeback
-        self._torn = 0
         # Who waits for the disk with a node's descriptor: handles from before this worker are not counted in `opens`.
         self.awaited: Counter[Node] = Counter()
         self._writers: set[Node] = set()
@@ -97,11 +96,8 @@ class Files:
         """Make `fd` the node's open backing file."""
         node.fd, node.writable = fd, writable
         try:
-            if not node.checked and writable:
-                if self.state.touched(found.st_ctime_ns):
-                    self._trim(node)
-                elif node.ino == self._torn:
-                    crash.end(self._io, fd, self._keys, plaintext=self._plaintext)
+            if not node.checked and writable and self.state.touched(found.st_ctime_ns):
+                self._trim(node)
             node.checked = True
             node.file = self._load(fd)
         except BaseException:
@@ -116,13 +112,16 @@ class Files:
         node = self._tree.nodes.get(ino)
         if node is None or self._reserve is None:
             return
-        self._torn = ino
         try:
-            self.attach(node, write=True)
-            self.detach(node)
+            fd, _ = open_backing(self._tree, node, write=True, read_only=False)
+            try:
+                found = self._io.fstat(fd)
+                if found.st_ino == ino and stat.S_ISREG(found.st_mode):
+                    crash.end(self._io, fd, self._keys, plaintext=self._plaintext)
+            finally:
+                self._io.close(fd)
         except OSError as exc:
-            log.warning("node %d, which a worker was changing when it died, cannot be opened: %s", ino, exc.strerror)
-        self._torn = 0
+            log.warning("node %d, which a worker was changing when it died, cannot be mended: %s", ino, exc.strerror)
 
     def _load(self, fd: int) -> SealedFile | PlainFile:
         if self._plaintext:

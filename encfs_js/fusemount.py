@@ -6,12 +6,10 @@ The protocol of fusermount3: it mounts, and passes /dev/fuse through the socket 
 from __future__ import annotations
 
 import os
-import re
 import socket
 from typing import Final
 
 _COMM: Final = "_FUSE_COMMFD"
-_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 _FIRST_READ: Final = (1 << 20) + 8192
 
 
@@ -58,22 +56,6 @@ def unmounting(mountpoint: str, *, lazy: bool) -> int:
     null = (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)
     arguments = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
     return os.posix_spawnp("fusermount3", arguments, {"PATH": os.environ.get("PATH", os.defpath)}, file_actions=[null])
-
-
-def device_at(mountpoint: str) -> str:
-    """Return "major:minor" of what is mounted there, "" for nothing. Does not touch the mount."""
-    return next((device for device, path in reversed(_mounted()) if path == mountpoint), "")
-
-
-def mountpoint_of(device: str) -> str:
-    """Return where a file system is mounted now, which is elsewhere when a directory above it was moved; "" for nowhere."""
-    return next((path for found, path in _mounted() if found == device), "")
-
-
-def _mounted() -> list[tuple[str, str]]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        fields = [line.split(" ", 5) for line in file]
-    return [(device, _ESCAPE.sub(lambda m: chr(int(m[1], 8)), path)) for _, _, device, _, path, _ in fields]
 
 
 def syncing() -> int:

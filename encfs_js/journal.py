@@ -87,15 +87,16 @@ class Journal:
         """Return the inode number of the file that a worker was changing when it died, 0 for none."""
         return int(_CHANGING.unpack_from(self._memory, _CHANGING_AT)[0])
 
-    def strike(self) -> None:
-        """Strike the record out: its request has been answered. Counts an answer."""
+    def strike(self, answered: bool = True) -> None:
+        """Strike the record out: its request has been answered. Counts an answer, if there was one."""
         if self._armed:
             self._memory[self._armed] = 0
             self._armed = 0
         if self._changing:
             _CHANGING.pack_into(self._memory, _CHANGING_AT, 0)
             self._changing = False
-        _ANSWERED.pack_into(self._memory, 0, _ANSWERED.unpack_from(self._memory)[0] + 1)
+        if answered:
+            _ANSWERED.pack_into(self._memory, 0, _ANSWERED.unpack_from(self._memory)[0] + 1)
 
     def noted(self) -> list[Entry]:
         """Return the records: what was under way when a worker died."""

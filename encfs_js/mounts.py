@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 log: Final = logging.getLogger("encfs_js")
 FS_TYPE: Final = "fuse.encfs_js"
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 
-@dataclass(frozen=True, slots=True)
-class MountEntry:
+class MountEntry(NamedTuple):
     """One mounted file system. device: "major:minor"; source: for ours, the store's path."""
 
     device: str
@@ -53,6 +51,11 @@ def find(mountpoint: str) -> MountEntry | None:
     real = os.path.realpath(plain)
     there = [entry for entry in table if entry.mountpoint == real]
     return there[-1] if there and there[-1].fs_type == FS_TYPE else None
+
+
+def mountpoint_of(device: str) -> str:
+    """Return where a file system is mounted now, which is elsewhere when a directory above it was moved; "" for nowhere."""
+    return next((entry.mountpoint for entry in mounts() if entry.device == device), "")
 
 
 def find_store(store: str, mountpoint: str) -> MountEntry | None:

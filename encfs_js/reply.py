@@ -59,6 +59,8 @@ class Owner:
 
     def show(self, entry: pyfuse3.EntryAttributes) -> pyfuse3.EntryAttributes:
         """Return the attributes with what is ours shown as theirs."""
+        if self._shown == self._ours:
+            return entry
         if entry.st_uid == self._ours[0]:
             entry.st_uid = self._shown[0]
         if entry.st_gid == self._ours[1]:

@@ -21,11 +21,11 @@ class Worker:
     """A worker process.
 
     options: the memfd with its options; loaded, serving: what it has said; beat: when it was last heard of, in seconds of
-    the monotonic clock; answered: how many requests had been answered when it began;
+    the monotonic clock; answered: how many requests had been answered when it began; since: when it began to serve;
     used: clock ticks of CPU when `hangs` last looked.
     """
 
-    __slots__ = ("answered", "beat", "loaded", "options", "pid", "pidfd", "serving", "sock", "used")
+    __slots__ = ("answered", "beat", "loaded", "options", "pid", "pidfd", "serving", "since", "sock", "used")
 
     def __init__(self, pid: int, sock: socket.socket, options: int) -> None:
         self.pid = pid
@@ -35,6 +35,7 @@ class Worker:
         self.loaded = False
         self.serving = False
         self.answered = 0
+        self.since = 0.0
         self.used = 0
         self.beat = time.monotonic()
 

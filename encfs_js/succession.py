@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from encfs_js import fusemount, journal, resend, spawn, wire
 from encfs_js.errors import MountFailedError, WorkersFailedError
+from encfs_js.mounts import find
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ _PART: Final = 200  # descriptors in one message
 # A worker that dies of itself, or before it has answered anything: so many in so many seconds, and the mount is given up.
 _DEATHS: Final = 5
 _WINDOW: Final = 60.0
+_SERVED: Final = 1.0  # seconds after which nothing may have been asked
 
 
 class Succession:
@@ -70,6 +72,7 @@ class Succession:
         self._memory = mmap.mmap(self._journal, journal.SIZE)
         self._held: dict[int, int] = {}  # files that are open and have no name: inode number -> descriptor
         self._deaths: list[float] = []
+        self._unheard = 0  # workers in a row that were killed before they answered anything
         self._next_start = 0.0
         self._unmounted = False
         self._reloaded: Callable[[dict[str, Any]], None] = lambda _answer: None
@@ -128,6 +131,7 @@ class Succession:
             if worker is not None:
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.reap()
+        self._answer({"ok": False, "how": "the mount has ended meanwhile"})
 
     # -- workers
 
@@ -209,7 +213,8 @@ class Succession:
     def _mount(self) -> None:
         if self.fuse < 0:
             self.fuse = fusemount.mount(self.mountpoint, self._orders["mount_options"])
-        self.device = fusemount.device_at(self.mountpoint)
+        entry = find(self.mountpoint)
+        self.device = entry.device if entry is not None else ""
         self._first = fusemount.first_request(self.fuse)
         self.can_resend = bool(resend.init_flags(self._first) & resend.HAS_RESEND)
         if not self.can_resend:
@@ -221,6 +226,7 @@ class Succession:
 
     def _on_serving(self, worker: Worker, _message: dict[str, Any], _fds: list[int]) -> None:
         worker.serving = True
+        worker.since = time.monotonic()
         if self.served:
             self.takeovers += 1
             log.warning("%s: worker %d has taken over", self.mountpoint, worker.pid)
@@ -262,6 +268,9 @@ class Succession:
 
     def _replace(self, worker: Worker, code: int, how: str) -> None:
         """Deal with the end of the worker that served, or was about to."""
+        reloading = worker is self.candidate
+        if reloading:
+            self.candidate = None
         if code == 0:
             if self.served:
                 self.problem = {}  # of a reload
@@ -280,8 +289,7 @@ class Succession:
             self.exit_code = int(self.problem["code"])
         elif not self.can_resend:
             self._give_up(f"worker {worker.pid} {how}, and this kernel cannot send requests again")
-        elif worker is self.candidate:
-            self.candidate = None
+        elif reloading:
             log.error("%s: the new worker %d %s: the old code goes on", self.mountpoint, worker.pid, how)
             self._answer({"ok": False, "how": f"the new worker {how}"} | self.problem)
             self._take_over()
@@ -305,12 +313,19 @@ class Succession:
                 self._on_loaded(self.active)
 
     def _too_many(self, worker: Worker, code: int) -> bool:
-        """Count an end that is the worker's own fault: whoever kills one that serves may do so for ever."""
-        served = worker.serving and journal.answered(self._memory) > worker.answered
+        """Count an end that is the worker's own fault: whoever kills one that serves may do so for ever.
+
+        Several that are killed in a row, before they have answered anything, may have been killed for what they were asked to
+        do: for the memory that this took, perhaps.
+        """
         now = time.monotonic()
-        if code != -signal.SIGKILL or not served:
-            self._deaths = [*(death for death in self._deaths if now - death < _WINDOW), now]
-        return len(self._deaths) >= _DEATHS
+        answered = journal.answered(self._memory) > worker.answered
+        self._deaths = [death for death in self._deaths if now - death < _WINDOW]
+        if code != -signal.SIGKILL or not worker.serving:
+            self._deaths.append(now)
+        if worker.serving:
+            self._unheard = 0 if answered or now - worker.since > _SERVED else self._unheard + 1
+        return max(len(self._deaths), self._unheard) >= _DEATHS
 
     def _give_up(self, why: str) -> None:
         """Leave the mount dead, never bare: an empty directory would look like an empty store."""

@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from encfs_js import control, fusemount, hygiene, logs, notify, spawn
+from encfs_js.mounts import mountpoint_of
 from encfs_js.succession import Succession
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Supervisor:
                 log.warning("%s is still mounted, and cannot be unmounted from here", self._mountpoint)
                 pid = fusemount.syncing()
             else:
-                mountpoint = fusemount.mountpoint_of(self._succession.device) or self._mountpoint
+                mountpoint = mountpoint_of(self._succession.device) or self._mountpoint
                 pid = fusemount.unmounting(mountpoint, lazy=self._asked > 1)
         except OSError as problem:
             log.error("%s: fusermount3 or sync could not be started: %s", self._mountpoint, problem.strerror)

@@ -65,7 +65,7 @@ class World:
 def prepare(options: dict[str, Any], keys: Keys, io: Backing, *, resumed: bool) -> World:
     """Open the store: begin a run, or go on with the one of a worker that died (resumed).
 
-    Raises EncfsError and OSError; a run that was begun is then ended again.
+    Raises EncfsError and OSError; a run that was begun then stays begun, and the next one looks at its files.
     """
     store, read_only = options["store"], options["read_only"]
     tree = Tree(io, store, Guard(store), give_to_caller=os.geteuid() == 0)
@@ -118,10 +118,12 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
     place of that socket before it answers. The answer to a copy has a number that the kernel does not know, and is dropped.
     """
     notes = journal.Journal(memory)
+    unheard: list[journal.Entry] = []
     if resumed:
         requests, forgotten = resend.unanswered(fuse)
         world.files.mend(notes.changing())
-        notes.go_on(lambda noted: any(noted.same_request(one) for one in requests) and revive.done(world.tree, noted))
+        unheard = [noted for noted in notes.noted() if not any(noted.same_request(one) for one in requests)]
+        notes.go_on(lambda noted: noted not in unheard and revive.done(world.tree, noted))
         for ino in forgotten:
             world.files.forget(ino)
     operations = Operations(
@@ -140,9 +142,10 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
 
     operations.answering = answering
     pyfuse3.init(operations, f"/dev/fd/{place}", set())
-    session.answer_promptly(place, notes.strike)
+    if not session.answer_promptly(place, notes.strike):
+        raise MountFailedError("this version of pyfuse3 is not known", hint="pip install 'pyfuse3>=3.5,<3.6'")
     try:
-        trio.run(_main, world, sock, operations)
+        trio.run(_main, world, sock, operations, unheard)
     except BaseException:
         log.critical("%s: the worker has failed", world.options["mountpoint"], exc_info=True)
         raise
@@ -151,10 +154,10 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
     world.files.close_all()
 
 
-async def _main(world: World, sock: socket.socket, operations: Operations) -> None:
+async def _main(world: World, sock: socket.socket, operations: Operations, unheard: list[journal.Entry]) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_beat, sock)
-        nursery.start_soon(_tune_when_answered, operations, world.options["mountpoint"])
+        nursery.start_soon(_when_answered, operations, world.options["mountpoint"], unheard)
         if world.reserve is not None:
             nursery.start_soon(_keep_house, world, world.reserve)
         await pyfuse3.main(max_tasks=_TASKS)
@@ -169,9 +172,17 @@ async def _beat(sock: socket.socket) -> None:
         await trio.sleep(_BEAT)
 
 
-async def _tune_when_answered(operations: Operations, mountpoint: str) -> None:
+async def _when_answered(operations: Operations, mountpoint: str, unheard: list[journal.Entry]) -> None:
+    """Do what the kernel understands once FUSE_INIT is answered: tune the mount, and forget names.
+
+    unheard: changes of names that were made, and that nobody waits for any more. The kernel may still believe what was before.
+    """
     await operations.answered.wait()
     tune(mountpoint)
+    for entry in unheard:
+        for parent, name in ((entry.parent, entry.name), (entry.new_parent, entry.new_name)):
+            if name:
+                pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
 
 
 async def _keep_house(world: World, reserve: Reserve) -> None:

@@ -5,7 +5,6 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 . "$root/examples/setup.sh"
 set_up
-export PATH=$root/.venv/bin:$PATH
 
 scratch=$(make_scratch quickstart)
 store=$scratch/store

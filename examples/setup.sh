@@ -81,6 +81,7 @@ set_up() {
     exec 9<&-
     [ -e /dev/fuse ] || refuse '/dev/fuse is missing: load the kernel module fuse, or give the container the device'
     [ -w /dev/fuse ] || refuse 'this user may not open /dev/fuse: as root, chmod 666 /dev/fuse (udev does it on Debian)'
+    export PATH=$root/.venv/bin:$PATH
 }
 
 # make_scratch NAME: make a directory of its own for temporary files, and print it. Not on overlayfs, as /tmp is in most

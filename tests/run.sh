@@ -7,7 +7,6 @@ root=$(cd "$(dirname "$0")/.." && pwd -P)
 set_up e2fsprogs
 
 cd "$root"
-export PATH=$root/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 mypy

@@ -8,7 +8,6 @@ root=$(cd "$(dirname "$0")/.." && pwd -P)
 set_up e2fsprogs
 
 cd "$root"
-export PATH=$root/.venv/bin:$PATH
 kills=${1:-200} seed=${2:-$RANDOM}
 scratch=$(make_scratch soak)
 trap 'remove_scratch "$scratch"' EXIT

@@ -67,6 +67,15 @@ def store(tmp_path: Path) -> Callable[..., Store]:
     return make
 
 
+def opened_block(opened: Store, top: Path):
+    """The node of an empty block that is open for writing, and its backing file."""
+    path = top / "account" / BLOCK
+    path.touch()
+    node = opened.node("account/" + BLOCK)
+    opened.files.open(node, write=True)
+    return node, path
+
+
 def flip(path: Path, offset: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 1
@@ -163,10 +172,7 @@ def test_after_a_rewriting_that_failed_nothing_is_written_that_the_next_start_wo
 def test_a_gap_before_a_write_is_filled_in_steps(store, tmp_path: Path) -> None:
     """Gigabytes of sealed zeros take seconds, in which the others want to be served."""
     opened = store()
-    block = tmp_path / "account" / BLOCK
-    block.touch()
-    node = opened.node("account/" + BLOCK)
-    opened.files.open(node, write=True)
+    node, _ = opened_block(opened, tmp_path)
     sizes = []
     while not (done := opened.files.write(node, 10_000, b"end", cached=True, most=4096)):
         sizes.append(opened.files.size(node))
@@ -194,10 +200,7 @@ def test_sweep_that_could_not_look_says_so(store, tmp_path: Path) -> None:
 
 def test_mtime_of_a_cached_write_reaches_the_backing_file_when_it_is_closed(store, tmp_path: Path) -> None:
     opened = store()
-    path = tmp_path / "account" / BLOCK
-    path.touch()
-    node = opened.node("account/" + BLOCK)
-    opened.files.open(node, write=True)
+    node, path = opened_block(opened, tmp_path)
     opened.files.write(node, 0, b"x", cached=True)
     found = opened.tree.stat(node)
     kept = found.st_mtime_ns + 1_000_001
@@ -211,10 +214,7 @@ def test_mtime_of_a_cached_write_reaches_the_backing_file_when_it_is_closed(stor
 
 def test_mtime_that_is_far_from_the_backing_files_is_set_at_once(store, tmp_path: Path) -> None:
     opened = store()
-    path = tmp_path / "account" / BLOCK
-    path.touch()
-    node = opened.node("account/" + BLOCK)
-    opened.files.open(node, write=True)
+    node, path = opened_block(opened, tmp_path)
     times.flushed(opened.tree, node, opened.tree.stat(node), 5)
     assert path.stat().st_mtime_ns == 5
     opened.files.release(node, write=True, direct=False)
@@ -226,9 +226,7 @@ def test_mtime_a_disk_that_refuses_it_does_not_keep_a_file_from_closing(store, t
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     opened = store(Refusing())
-    (tmp_path / "account" / BLOCK).touch()
-    node = opened.node("account/" + BLOCK)
-    opened.files.open(node, write=True)
+    node, _ = opened_block(opened, tmp_path)
     times.flushed(opened.tree, node, opened.tree.stat(node), opened.tree.stat(node).st_mtime_ns + 1)
     opened.files.release(node, write=True, direct=False)
     assert node.fd == -1

@@ -11,8 +11,8 @@ import encfs_js
 
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
-    __init__ errors logs hygiene wire notify control fusemount journal resend spawn succession supervisor
-    format backing mounts keydocument keyring keysource config keymemory sealed crash redo state guard reserve
+    __init__ errors logs mounts hygiene wire notify control fusemount journal resend spawn succession supervisor
+    format backing keydocument keyring keysource config keymemory sealed crash redo state guard reserve
     tree times opening files sweep revive pace reply fs session worker mount premount inspect verify
     cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd cli_verify cli __main__
 """.split()  # noqa: SIM905

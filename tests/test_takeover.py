@@ -273,6 +273,9 @@ def test_request_of_a_caller_that_died_is_not_mixed_up(through: Faulty) -> None:
             (here / what).touch()
         caller_dies(through, what, here / what, {"call": what, "name": what, "after": True, "do": "kill"})
         assert (what in os.listdir(here)) == (what == "mkdir")
+        mounts.until(
+            lambda what=what: (here / what).exists() == (what == "mkdir"), "the kernel's memory of a name is wrong"
+        )
     (here / "unlink").touch()
     (here / "unlink").unlink()
     assert os.listdir(here) == ["mkdir"]
@@ -645,13 +648,15 @@ def test_given_up_when_no_worker_can_prepare(alone, tmp_path: Path) -> None:
     mount_again(faulty)
 
 
-def test_given_up_when_a_request_kills_every_worker(alone) -> None:
+@pytest.mark.parametrize(("way", "number"), [("abort", 6), ("kill", 9)])
+def test_given_up_when_a_request_kills_every_worker(alone, way: str, number: int) -> None:
+    """Also when it is the kernel that kills them, as it does for the memory that a request takes."""
     with alone() as faulty:
         mount, plan = faulty.mount, faulty.plan
         (mount.path / "poison").touch()
-        plan.write({"call": "unlink", "name": "poison", "do": "abort", "stay": True})
-        mount.tolerated.append(r"worker \d+ was killed by signal 6$")
-        mount.expect(CRITICAL + r"\d+, was killed by signal 6")
+        plan.write({"call": "unlink", "name": "poison", "do": way, "stay": True})
+        mount.tolerated += [rf"worker \d+ was killed by signal {number}$", "has taken over$"]
+        mount.expect(CRITICAL + rf"\d+, was killed by signal {number}")
         assert fails(lambda: os.unlink(mount.path / "poison"))
         mount.given_up()
     mount_again(faulty)
