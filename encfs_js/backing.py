@@ -80,6 +80,13 @@ class Backing:
             raise OSError(code, os.strerror(code))
 
     @staticmethod
+    def syncfs(fd: int) -> None:
+        """Bring a whole file system to the disk, which `os` does not offer. Raises OSError."""
+        if _libc.syncfs(fd):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    @staticmethod
     def settle(fd: int, offset: int, length: int) -> None:
         """Wait until no page of the range is on its way to the disk, so that a write does not change it under way.
 

@@ -32,6 +32,8 @@ _ROOMS: Final = {
     "status": "cli_status",
     "verify": "cli_verify",
     "inspect": "cli_inspect",
+    "key": "cli_keys",
+    "reencrypt": "cli_reencrypt",
     "guard": "cli_guard",
     "systemd": "cli_systemd",
 }

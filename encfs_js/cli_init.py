@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from encfs_js import keyring, mount
+from encfs_js import keyring, keystore, mount
 from encfs_js.backing import META, Backing, sync_directory
 from encfs_js.cli_key import ORDER, Source, SuiteType, key_options
 from encfs_js.cli_text import shown
@@ -56,12 +56,16 @@ def init(source: Source, store: str | None, cipher: Suite | None, plaintext: str
     chosen = cipher or config.jetstream.cipher or Suite.CHACHAPOLY
     policy = plaintext or config.plaintext or "refuse"
     _check_new(store, policy)
-    key = source.key(confirm=True)
+    kind, key = source.first_key()
     with _made(store):
         _check_new(store, policy)  # again, now that nobody else can
-        keyring.write(store, keyring.create(key, cipher=chosen, plaintext=policy))
+        keystore.write(store, keyring.create(key, kind=kind, cipher=chosen, plaintext=policy))
     print(f"{shown(store)} is a store now: new files are sealed with {chosen.label}, plaintext: {policy}.")
-    print("Keep the key in a safe place as well: without it nothing in the store can be read.")
+    if kind == "tpm":
+        code = f"encfs-js key add {shlex.quote(store)} --config {shlex.quote(str(source.config_file))} --recovery"
+        print(f"Without this machine's TPM nothing in the store can be read. A code for that case: {code}")
+    else:
+        print("Keep the key in a safe place as well: without it nothing in the store can be read.")
     print(f"Next: encfs-js mount {shlex.quote(store)} MOUNTPOINT")
 
 

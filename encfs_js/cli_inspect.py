@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from encfs_js import inspect as inspection
-from encfs_js import keyring, state
+from encfs_js import keystore, state
 from encfs_js.backing import Backing
 from encfs_js.cli_text import plural, shown, size
 
@@ -26,7 +26,7 @@ def inspect(store: str, as_json: bool) -> None:
 
     Its keyring, and its files by cipher and epoch. Nothing of this is authenticated: `verify` does that.
     """
-    opened, warning = keyring.load(store)
+    opened, warning = keystore.load(store)
     epochs = frozenset(epoch.epoch for epoch in opened.epochs)
     survey = inspection.survey(Backing(), store, epochs, plaintext=opened.settings.plaintext == "read")
     holder = state.holder(store)

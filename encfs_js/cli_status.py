@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from encfs_js import control, guard, keyring, state
+from encfs_js import control, guard, keystore, state
 from encfs_js.cli_guard import closed_as_json
 from encfs_js.cli_text import plural, shown
 from encfs_js.errors import EncfsError, MountBusyError, MountFailedError, NotMountedError
@@ -168,6 +168,7 @@ def _facts(entry: MountEntry) -> dict[str, Any]:
             "epoch",
             "plaintext",
             "guard",
+            "reencrypt",
             "problem",
         )
     )
@@ -176,7 +177,7 @@ def _facts(entry: MountEntry) -> dict[str, Any]:
         facts["serving"] = holder is not None
         facts |= {name: (holder or {}).get(name) for name in ("pid", "since")}
         facts |= _workers(entry)
-        opened, warning = keyring.load(entry.source)
+        opened, warning = keystore.load(entry.source)
         facts["store_id"] = opened.store_id.hex()
         facts["cipher"] = opened.settings.cipher.label
         facts["epoch"] = opened.settings.epoch
@@ -194,7 +195,7 @@ def _workers(entry: MountEntry) -> dict[str, Any]:
         answer = control.ask(entry.source, {"do": "status"}, _PATIENCE_MS / 1000)
     except (OSError, ValueError):
         return {}
-    return {name: answer[name] for name in ("worker", "takeovers")}
+    return {name: answer.get(name) for name in ("worker", "takeovers", "reencrypt")}
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -220,6 +221,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
             )
         )
         lines += [("", f"{shown(c['directory'])}: {shown(c['file'])} page {c['page']}") for c in facts["guard"]]
+    if facts["reencrypt"]:
+        done = facts["reencrypt"]
+        lines.append(("anew", f"{done['state']}, {done.get('files_done', 0)} of {plural(done.get('files', 0), 'file')}"))
     if facts["problem"]:
         lines.append(("problem", facts["problem"]))
     print(shown(facts["mountpoint"]))

@@ -23,6 +23,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")
 _UNIT: Final = re.compile(r"[A-Za-z0-9_.@:-]+\.service\Z")
 _COMMAND: Final = "/usr/bin/env encfs-js"  # as the files in systemd/ have it
 _EXAMPLE: Final = "orders"  # the same: the name of the instance
+_TPM_BLOCK: Final = re.compile(r"^  # tpm:\n(?:  #   .*\n)+", re.MULTILINE)  # in orders.yaml
 _PLAIN_PATH: Final = re.compile(r"[A-Za-z0-9_/.+@-]+\Z")
 _HIDDEN: Final = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  by the sandbox of the unit
 _BUSY: Final = 5.0  # seconds that a mount may stay busy at a stop: who was stopped before may not be quite gone
@@ -46,8 +47,9 @@ def systemd() -> None:
     default="nats-server.service",
     help="The unit that requires the mount. Default: nats-server.service.",
 )
+@click.option("--tpm", is_flag=True, help="Also a drop-in with which the instance NAME gets its key from the TPM.")
 @click.option("--root", metavar="DIR", default="/", help="Write below DIR, as packagers do. Default: /.")
-def install(name: str | None, server: str, root: str) -> None:
+def install(name: str | None, server: str, tpm: bool, root: str) -> None:
     """Copy the unit, its user and mount.encfs_js to where they belong.
 
     With NAME also a configuration of that instance, if there is none, and a drop-in that makes nats-server's unit
@@ -55,6 +57,8 @@ def install(name: str | None, server: str, root: str) -> None:
     """
     if name is not None and not _NAME.match(name):
         raise ConfigError(f"{name}: not a name for an instance", hint="letters, digits, _ . and -")
+    if tpm and name is None:
+        raise click.UsageError("--tpm needs the NAME of an instance.", click.get_current_context())
     if not _UNIT.match(server):
         raise ConfigError(f"{server}: not the name of a service", hint="as in nats-server.service")
     command = _own_command()
@@ -71,15 +75,19 @@ def install(name: str | None, server: str, root: str) -> None:
             ("orders.yaml", f"/etc/encfs-js/{name}.yaml", 0o644),
             ("nats-server.conf", f"/etc/systemd/system/{server}.d/encfs-js.conf", 0o644),
         ]
+    if tpm:
+        files.append(("tpm.conf", f"/etc/systemd/system/encfs-js@{name}.service.d/tpm.conf", 0o644))
     for source, target, mode in files:
         with open(os.path.join(_directory(), source), encoding="utf-8") as file:
             text = file.read().replace(_COMMAND, command)
-        if source in {"orders.yaml", "nats-server.conf"}:
+        if source in {"orders.yaml", "nats-server.conf", "tpm.conf"}:
             text = re.sub(rf"\b{_EXAMPLE}\b", str(name), text)
+        if tpm and source == "orders.yaml":
+            text = _TPM_BLOCK.sub(lambda block: block[0].replace("  # ", "  "), text)
         path = os.path.join(root, target.lstrip("/"))
         done = _write(path, text, mode, replace=not target.endswith(".yaml"))
         print(f"{done:<9} {path}")
-    _print_next(name, server)
+    _print_next(name, server, tpm=tpm)
 
 
 def _directory() -> str:
@@ -135,16 +143,30 @@ def _write(path: str, text: str, mode: int, *, replace: bool) -> str:
     return done
 
 
-def _print_next(name: str | None, server: str) -> None:
+def _print_next(name: str | None, server: str, *, tpm: bool) -> None:
     lines = ["systemd-sysusers", "systemctl daemon-reload"]
     if name is None:
         lines.append("encfs-js systemd install NAME")
     else:
-        key, settings = f"/etc/credstore/encfs-js.{name}.key", f"/etc/encfs-js/{name}.yaml"
+        settings = f"/etc/encfs-js/{name}.yaml"
         lines += [
             f"install -d -m 555 /var/lib/nats/{name}   # or what you have made of mountpoint and owner in {settings}",
-            f"(umask 077; mkdir -p /etc/credstore; head -c 32 /dev/urandom | base64 > {key})",
-            f"encfs-js init --config {settings} --key-file {key}",
+            "install -d -m 755 /var/lib/encfs-js",
+        ]
+        if tpm:
+            secret, sealed = f"/etc/encfs-js/{name}.env", f"/var/lib/encfs-js/{name}.tpm"
+            lines += [
+                f'(umask 077; echo "TPM_PASSWORD=$(head -c 32 /dev/urandom | base64)" > {secret})',
+                f"(set -a; . {secret}; encfs-js init --config {settings} && encfs-js key add --config {settings} --recovery)",
+                f"chown encfs-js: {sealed}",
+            ]
+        else:
+            key = f"/etc/credstore/encfs-js.{name}.key"
+            lines += [
+                f"(umask 077; mkdir -p /etc/credstore; head -c 32 /dev/urandom | base64 > {key})",
+                f"encfs-js init --config {settings} --key-file {key}",
+            ]
+        lines += [
             f"systemctl enable --now encfs-js@{name}.service",
             f"systemctl restart {server}   # with store_dir: /var/lib/nats/{name} in nats-server's configuration",
         ]

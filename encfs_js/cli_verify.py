@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from encfs_js import state
+from encfs_js import keyring, keystore, state
 from encfs_js import verify as verification
 from encfs_js.backing import Backing
 from encfs_js.cli_key import ORDER, Source, key_options
@@ -35,7 +35,14 @@ def verify(source: Source, store: str | None, as_json: bool) -> None:
     """
     store = source.store(store)
     opened, keys = source.unlock(store)
-    report = verification.verify(Backing(), store, keys, touched=_windows(store, keys).touched)
+    report = verification.verify(
+        Backing(),
+        store,
+        keys,
+        touched=_windows(store, keys).touched,
+        newer=lambda: keyring.renew(keystore.load(store)[0], keys),
+        busy=state.holder(store) is not None,
+    )
     if as_json:
         print(json.dumps({"store": store, "store_id": opened.store_id.hex(), **_verified(report)}, indent=1))
     else:

@@ -33,21 +33,29 @@ _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)\Z")
 
 
 class Tpm(msgspec.Struct, frozen=True, kw_only=True):
-    """NATS's `tpm` block: the key is sealed to the machine's TPM. Checked for its shape only, so far."""
+    """NATS's `tpm` block: the key is sealed to the machine's TPM. Variables that the passwords named have been replaced.
+
+    pcr: of those that firmware leaves alone, 17 to 23. nats-server takes 0 for 22; here it is refused.
+    tcti: how to reach the TPM, as tpm2-tools write it; not a word of NATS's. None: see tpm.py.
+    """
 
     keys_file: _Path
     encryption_password: str
     srk_password: str = ""
-    pcr: Annotated[int, msgspec.Meta(ge=0, le=23)] = 22
+    pcr: Annotated[int, msgspec.Meta(ge=17, le=23)] = 22
     cipher: Suite | None = None
+    tcti: _Path | None = None
 
     def __repr__(self) -> str:
         """Show no password."""
-        return f"Tpm(keys_file={self.keys_file!r}, pcr={self.pcr}, cipher={self.cipher!r})"
+        return f"Tpm(keys_file={self.keys_file!r}, pcr={self.pcr}, cipher={self.cipher!r}, tcti={self.tcti!r})"
 
 
 class JetStream(msgspec.Struct, frozen=True, kw_only=True):
-    """The `jetstream` block. `key` is the key itself, a variable that it named has been replaced; None: not given."""
+    """The `jetstream` block. `key` is the key itself, a variable that it named has been replaced; None: not given.
+
+    cipher: also what the `tpm` block says.
+    """
 
     store_dir: _Path | None = None
     cipher: Suite | None = None
@@ -89,7 +97,8 @@ _EXPECTED = {
     "$.jetstream.tpm.keys_file": "a path",
     "$.jetstream.tpm.encryption_password": "text",
     "$.jetstream.tpm.srk_password": "text",
-    "$.jetstream.tpm.pcr": "a number from 0 to 23",
+    "$.jetstream.tpm.pcr": "a number from 17 to 23",
+    "$.jetstream.tpm.tcti": "text, such as device:/dev/tpmrm0",
     "$.mountpoint": "a path",
     "$.writeback": "true, false or auto",
     "$.allow_other": "true or false",
@@ -102,10 +111,11 @@ _HINT = "examples/encfs-js.yaml describes every name and its values."
 
 
 def load(path: str, *, environ: MutableMapping[str, str] = os.environ, with_key: bool = True) -> Config:
-    """Read and check a configuration file; warn when others can read a key that stands in it.
+    """Read and check a configuration file; warn when others can read a key or a password that stands in it.
 
-    environ: where `key: $VAR` looks. The variable is removed from it, so that no child process gets the key.
-    with_key: False leaves the key out, unread. Raises ConfigError, and KeyMissingError for a key that is given and empty.
+    environ: where `key: $VAR` looks, and a password. The variable is removed from it, so that no child process gets it.
+    with_key: False leaves the key out, unread, and the passwords empty. Raises ConfigError, and KeyMissingError for a key
+    that is given and empty.
     """
     try:
         with open(path, "rb") as file:
@@ -118,13 +128,8 @@ def load(path: str, *, environ: MutableMapping[str, str] = os.environ, with_key:
         config, secret = _parse(text, environ, with_key=with_key)
     except (ConfigError, KeyMissingError) as problem:
         raise type(problem)(f"{path}: {problem}", hint=problem.hint) from None
-    if config.jetstream.tpm is not None:
-        raise ConfigError(
-            f"{path}: $.jetstream.tpm: not supported by this version yet",
-            hint="Use key instead of the block, or leave both out and give the key with --key-file or --credential.",
-        )
     if secret and mode & 0o044:
-        log.warning("%s has a key in it and can be read by other users: chmod 600 %s", path, shlex.quote(path))
+        log.warning("%s has a secret in it and can be read by other users: chmod 600 %s", path, shlex.quote(path))
     return config
 
 
@@ -151,18 +156,11 @@ def _parse(text: bytes, environ: MutableMapping[str, str], *, with_key: bool = T
         block = raw["jetstream"] = _names(raw["jetstream"], "$.jetstream", _JETSTREAM_NAMES)
         _convert_cipher(block, "$.jetstream")
         if "tpm" in block:
-            tpm = block["tpm"] = _names(block["tpm"], "$.jetstream.tpm", _TPM_NAMES)
-            _convert_cipher(tpm, "$.jetstream.tpm")
-            secret = True
-            if "key" in block:
-                raise ConfigError(
-                    "$.jetstream: key and tpm exclude each other",
-                    hint="Keep one of the two, as nats-server demands, too.",
-                )
+            secret = _convert_tpm(block, environ, with_key=with_key)
         if not with_key:
             block.pop("key", None)
         if "key" in block:
-            block["key"], literal = _key(block["key"], environ)
+            block["key"], literal = _key(block["key"], "$.jetstream.key", environ)
             secret = secret or literal
     try:
         return msgspec.convert(raw, Config), secret
@@ -255,15 +253,39 @@ def _convert_cipher(block: dict[str, Any], path: str) -> None:
             raise ConfigError(f"{path}.cipher: must be {_CIPHERS}", hint=_HINT)
 
 
-def _key(value: Any, environ: MutableMapping[str, str]) -> tuple[str, bool]:
-    """Return the key, and whether it stands in the file itself; `$VAR` is taken out of the environment."""
+def _convert_tpm(block: dict[str, Any], environ: MutableMapping[str, str], *, with_key: bool) -> bool:
+    """Convert the `tpm` block in the `jetstream` block; return whether a password stands in the text itself."""
+    tpm = block["tpm"] = _names(block["tpm"], "$.jetstream.tpm", _TPM_NAMES)
+    if "key" in block:
+        raise ConfigError(
+            "$.jetstream: key and tpm exclude each other", hint="Keep one of the two, as nats-server demands, too."
+        )
+    _convert_cipher(tpm, "$.jetstream.tpm")
+    if "cipher" in tpm and block.setdefault("cipher", tpm["cipher"]) != tpm["cipher"]:
+        raise ConfigError(
+            "$.jetstream.cipher and $.jetstream.tpm.cipher are not the same",
+            hint="Keep one of the two. nats-server would take either.",
+        )
+    secret = False
+    for name in ("encryption_password", "srk_password"):
+        # A password that stands there and is empty is meant so: the TPM then looks at nothing but the PCR.
+        if not with_key and name in tpm:
+            tpm[name] = ""
+        elif tpm.get(name, "") != "":
+            tpm[name], literal = _key(tpm[name], f"$.jetstream.tpm.{name}", environ)
+            secret = secret or literal
+    return secret
+
+
+def _key(value: Any, path: str, environ: MutableMapping[str, str]) -> tuple[str, bool]:
+    """Return a key or password, and whether it stands in the file itself; `$VAR` is taken out of the environment."""
     empty = "nats-server silently turns encryption off when its key is set but empty; encfs-js refuses."
     if value is None or value == "":
-        raise KeyMissingError("$.jetstream.key: is empty", hint=f"{empty} Give a key or remove the line.")
+        raise KeyMissingError(f"{path}: is empty", hint=f"{empty} Give a key or remove the line.")
     if not isinstance(value, str):
         raise ConfigError(
-            "$.jetstream.key: YAML reads it as something else than text",
-            hint='Put the key in quotes, even if it is a number, a date, true or no: key: "..."',
+            f"{path}: YAML reads it as something else than text",
+            hint=f'Put it in quotes, even if it is a number, a date, true or no: {path.rpartition(".")[2]}: "..."',
         )
     variable = _VARIABLE.match(value)
     if variable is None:
@@ -271,9 +293,11 @@ def _key(value: Any, environ: MutableMapping[str, str]) -> tuple[str, bool]:
     found = environ.pop(variable[1], None)
     if found is None:
         raise ConfigError(
-            f"$.jetstream.key: the environment variable {variable[1]} is not set",
-            hint="Set and export it. A key that has this form itself goes into a file: --key-file FILE.",
+            f"{path}: the environment variable {variable[1]} is not set",
+            hint="Set and export it. A key that has this form itself goes into a file: --key-file FILE."
+            if path == "$.jetstream.key"
+            else "Set and export it. A password cannot have this form itself.",
         )
     if not found:
-        raise KeyMissingError(f"$.jetstream.key: the environment variable {variable[1]} is empty", hint=empty)
+        raise KeyMissingError(f"{path}: the environment variable {variable[1]} is empty", hint=empty)
     return found, False

@@ -142,6 +142,66 @@ class ReloadFailedError(EncfsError):
     exit_code = 28
 
 
+class TpmMissingError(EncfsError):
+    """No TPM can be used: there is none, it does not answer, or tpm2-pytss is not installed."""
+
+    exit_code = 29
+
+
+class TpmPasswordError(EncfsError):
+    """The TPM refused the encryption password of the sealed key."""
+
+    exit_code = 30
+
+
+class TpmLockedError(EncfsError):
+    """The TPM is in lockout after too many wrong passwords, and refuses the right one, too."""
+
+    exit_code = 31
+
+
+class TpmPcrError(EncfsError):
+    """The PCR has another value than when the key was sealed, or another PCR is named."""
+
+    exit_code = 32
+
+
+class TpmParentError(EncfsError):
+    """The key was sealed under another storage root key: another srk_password, or another TPM."""
+
+    exit_code = 33
+
+
+class TpmFileError(EncfsError):
+    """The file with the sealed key is missing, damaged or unreadable."""
+
+    exit_code = 34
+
+
+class TpmOwnerError(EncfsError):
+    """The TPM's owner hierarchy has a password: no storage root key can be made."""
+
+    exit_code = 35
+
+
+class SlotError(EncfsError):
+    """The keyring has no such slot, it is the last one, or the key has a slot already."""
+
+    exit_code = 36
+
+
+class CipherMissingError(EncfsError):
+    """The OpenSSL of this host refuses the cipher (FIPS)."""
+
+    exit_code = 37
+
+
+class ReencryptError(EncfsError):
+    """Re-encryption has not finished: files are left that could not be rewritten, or it was stopped."""
+
+    exit_code = 38
+
+
 class FormatError(EncfsError):
     """Bytes that are no sealed file of this format version. Opaque on purpose, like IntegrityError."""
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final
 from encfs_js import crash, redo, times
 from encfs_js.errors import IntegrityError
 from encfs_js.format import MAGIC, DamagedPageError
-from encfs_js.guard import protected_directory, subject
+from encfs_js.guard import complaint, protected_directory, subject
 from encfs_js.opening import open_backing
 from encfs_js.redo import PlainFile
-from encfs_js.reserve import SLACK, still_to_come
+from encfs_js.reserve import Promises
 from encfs_js.sealed import SealedFile
 from encfs_js.tree import Node
 
@@ -54,20 +54,28 @@ class Files:
         plaintext: bool,
         writeback: bool,
     ) -> None:
-        self._tree = tree
-        self._io = tree.io
-        self._keys = keys
+        self.tree = tree
+        self.io = tree.io
+        self.keys = keys
         self.state = state
-        self._redo_key = redo_key
+        self.redo_key = redo_key
         self._reserve = reserve
         self._now = now
-        self._plaintext = plaintext
+        self.plaintext = plaintext
         self.writeback = writeback
         # Who waits for the disk with a node's descriptor: handles from before this worker are not counted in `opens`.
         self.awaited: Counter[Node] = Counter()
-        self._writers: set[Node] = set()
+        self.promises = Promises(tree.io, reserve) if reserve is not None else None
         self._reported: set[tuple[int, int]] = set()
-        self._unfinished: set[Node] = set()
+        self.unfinished: set[Node] = set()
+        # While a file is sealed anew (rewrite.py): the one that is read for it, and whether its content has changed since;
+        # the one whose content must not change; the one that must not be read either.
+        self.watched: Node | None = None
+        self.disturbed = False
+        self.moved = 0  # bytes that were written for it
+        self.frozen: Node | None = None
+        self.copying: Node | None = None
+        self._forgotten: set[Node] = set()
         self.trimmed = 0
         self.not_swept = 0
         self.swept: State | None = None
@@ -78,15 +86,15 @@ class Files:
         """Return the node's content, opening its backing file if need be. Raises OSError."""
         if node.file is not None and (node.writable or not write):
             return node.file
-        fd, writable = open_backing(self._tree, node, write=write, read_only=self._reserve is None)
-        found = self._io.fstat(fd)
+        fd, writable = open_backing(self.tree, node, write=write, read_only=self._reserve is None)
+        found = self.io.fstat(fd)
         if found.st_ino != node.ino or not stat.S_ISREG(found.st_mode):
-            self._io.close(fd)
+            self.io.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         if node.fd >= 0:
             # The number stays: a thread may be syncing it.
-            self._io.dup2(fd, node.fd, inheritable=False)
-            self._io.close(fd)
+            self.io.dup2(fd, node.fd, inheritable=False)
+            self.io.close(fd)
             fd = node.fd
         self.adopt(node, fd, writable=writable, found=found)
         assert node.file is not None
@@ -101,34 +109,18 @@ class Files:
             node.checked = True
             node.file = self._load(fd)
         except BaseException:
-            self._io.close(fd)
+            self.io.close(fd)
             node.fd, node.file = -1, None
             raise
         if node.file.damage is not None:
             self.damaged(node, node.file.damage)
 
-    def mend(self, ino: int) -> None:
-        """Make a file whole that a worker was changing when it died; whoever asked for it may not ask again."""
-        node = self._tree.nodes.get(ino)
-        if node is None or self._reserve is None:
-            return
-        try:
-            fd, _ = open_backing(self._tree, node, write=True, read_only=False)
-            try:
-                found = self._io.fstat(fd)
-                if found.st_ino == ino and stat.S_ISREG(found.st_mode):
-                    crash.end(self._io, fd, self._keys, plaintext=self._plaintext)
-            finally:
-                self._io.close(fd)
-        except OSError as exc:
-            log.warning("node %d, which a worker was changing when it died, cannot be mended: %s", ino, exc.strerror)
-
     def _load(self, fd: int) -> SealedFile | PlainFile:
-        if self._plaintext:
+        if self.plaintext:
             start = bytearray(len(MAGIC))
-            if self._io.preadv(fd, [start], 0) and start != MAGIC:
-                return PlainFile(self._io, fd)
-        return SealedFile(self._io, fd, self._keys)
+            if self.io.preadv(fd, [start], 0) and start != MAGIC:
+                return PlainFile(self.io, fd)
+        return SealedFile(self.io, fd, self.keys)
 
     def detach(self, node: Node) -> None:
         """Close the backing file if nobody needs it. One without a name stays until the kernel forgets it."""
@@ -138,36 +130,55 @@ class Files:
     def _close(self, node: Node) -> None:
         if node.file is not None:
             node.size = node.file.size
-        times.settle(self._tree, node)
-        self._io.close(node.fd)
+        times.settle(self.tree, node)
+        self.io.close(node.fd)
         node.fd, node.file, node.writable, node.opens = -1, None, False, 0
-        self._tree.drop_if_gone(node)
+        self.tree.drop_if_gone(node)
 
     def forget(self, ino: int) -> None:
         """Let go of a node that the kernel has forgotten, if it has no name: nobody can have it open."""
-        node = self._tree.nodes.get(ino)
+        node = self.tree.nodes.get(ino)
         if node is None:
             return
         node.unsure = False
         if node.names:
             return
+        if self.awaited[node]:
+            self._forgotten.add(node)
+            return
         if node.handed:
-            self._tree.let_go(ino)
+            self.tree.let_go(ino)
         if node.held >= 0:
-            self._io.close(node.held)
+            self.io.close(node.held)
             node.held = -1
-            self._tree.drop_if_gone(node)
+            self.tree.drop_if_gone(node)
         if node.fd >= 0:
             self._close(node)
 
+    def hold(self, node: Node) -> None:
+        """Keep a node's descriptor open: somebody waits for the disk with it."""
+        self.awaited[node] += 1
+
+    def let_go(self, node: Node) -> None:
+        """Need the descriptor no longer."""
+        self.awaited[node] -= 1
+        if self.awaited[node]:
+            return
+        del self.awaited[node]
+        if node in self._forgotten:
+            self._forgotten.remove(node)
+            self.forget(node.ino)
+        elif node.opens < 0:
+            self.detach(node)
+
     def inherit(self, ino: int, fd: int) -> None:
         """Go on with a file that has lost its last name while a worker before this one had it open."""
-        node = self._tree.nodes.get(ino)
+        node = self.tree.nodes.get(ino)
         if node is not None:  # that worker died before it removed the name, or it was given another
-            self._io.close(fd)
-            self._tree.let_go(ino)
+            self.io.close(fd)
+            self.tree.let_go(ino)
             return
-        node = self._tree.nodes[ino] = Node(ino)
+        node = self.tree.nodes[ino] = Node(ino)
         node.held, node.handed = fd, True
 
     def open(self, node: Node, *, write: bool) -> bool:
@@ -177,33 +188,14 @@ class Files:
         """
         self.attach(node, write=write)
         node.opens += 1
-        if not write or not self.writeback:
+        if not write or not self.writeback or self.promises is None:
             return False
-        if node.cached_writers or not (node.direct_writers or not self._has_room(node)):
+        if node.cached_writers or not (node.direct_writers or not self.promises.has_room_for(node)):
             node.cached_writers += 1
-            self._writers.add(node)
+            self.promises.writers.add(node)
             return False
         node.direct_writers += 1
         return True
-
-    def _has_room(self, node: Node) -> bool:
-        assert self._reserve is not None
-        reserve = self._reserve
-        reserve.refill()
-        free = reserve.available() - SLACK
-        if free > (len(self._writers) + 1) * still_to_come(0):
-            return True
-        sizes = [self._io.fstat(other.fd).st_size for other in {*self._writers, node}]
-        return free > sum(still_to_come(size) for size in sizes)
-
-    def _leave_room(self, node: Node, growth: int) -> None:
-        """Refuse a direct write of `growth` more bytes that would take room promised to files written through the cache."""
-        others = self._writers - {node}
-        if growth <= 0 or self._reserve is None or not others:
-            return
-        promised = sum(still_to_come(self._io.fstat(other.fd).st_size) for other in others)
-        if self._reserve.available() < promised + growth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def release(self, node: Node, *, write: bool, direct: bool) -> None:
         """Count one handle less: one that was opened so."""
@@ -212,8 +204,8 @@ class Files:
             node.direct_writers = max(node.direct_writers - 1, 0)
         elif write and node.cached_writers:
             node.cached_writers -= 1
-            if not node.cached_writers:
-                self._writers.discard(node)
+            if not node.cached_writers and self.promises is not None:
+                self.promises.writers.discard(node)
         self.detach(node)
 
     def refill(self) -> None:
@@ -224,7 +216,7 @@ class Files:
 
     def close_all(self) -> None:
         """Close every backing file, at the end of a mount."""
-        for node in list(self._tree.nodes.values()):
+        for node in list(self.tree.nodes.values()):
             if node.fd >= 0:
                 self._close(node)
 
@@ -255,17 +247,17 @@ class Files:
             if not cached:
                 node.mtime_ns = None
                 node.direct_writers = node.direct_writers or int(self.writeback)  # opened by a worker before this one
-            elif node not in self._writers:
+            elif self.promises is not None and node not in self.promises.writers:
                 node.cached_writers = 1
-                self._writers.add(node)
-            if self.writeback and not cached:
-                self._leave_room(node, offset + len(data) - file.size)
+                self.promises.writers.add(node)
+            if self.writeback and not cached and self.promises is not None:
+                self.promises.leave_room(node, offset + len(data) - file.size)
             done = self._write(file, offset, data, most, cached=cached)
         except DamagedPageError as exc:
             raise self.damaged(node, exc.page) from None
         except OSError as exc:
             if cached:
-                name = os.fsdecode(self._tree.path(node)) if node.names else "(deleted)"
+                name = os.fsdecode(self.tree.path(node)) if node.names else "(deleted)"
                 log.error("%s: %d bytes at %d, already accepted, are lost: %s", name, len(data), offset, exc.strerror)
             raise
         if file.wants_new_id:
@@ -295,8 +287,8 @@ class Files:
 
     def truncate(self, node: Node, size: int, most: int | None = None) -> bool:
         """Cut or grow to `size`; growing by at most `most` bytes in one call. Returns whether `size` is reached."""
-        if self._tree.guard.closed and node.names and size < self.size(node):
-            self._tree.guard.check(self._tree.path(node))
+        if self.tree.guard.closed and node.names and size < self.size(node):
+            self.tree.guard.check(self.tree.path(node))
         try:
             if size == 0:
                 return self._empty(node)
@@ -310,10 +302,10 @@ class Files:
 
     def _empty(self, node: Node) -> bool:
         file = self.attach(node, write=True)
-        self._refuse_unfinished(node)
+        self.changes(node)
         if isinstance(file, PlainFile):
-            self._io.ftruncate(node.fd, 0)  # an empty file is a sealed one
-            node.file = SealedFile(self._io, node.fd, self._keys)
+            self.io.ftruncate(node.fd, 0)  # an empty file is a sealed one
+            node.file = SealedFile(self.io, node.fd, self.keys)
         else:
             file.truncate(0)
         return True
@@ -322,58 +314,70 @@ class Files:
         if self._reserve is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         file = self.attach(node, write=True)
-        self._refuse_unfinished(node)
+        self.changes(node)
         if isinstance(file, PlainFile):
             file = self._rewrite(node)
         elif file.size and not node.dated:
-            self._date(node)
+            self.date(node)
+            self.io.fsync(node.fd)
         node.dated = True
         return file
 
-    def _date(self, node: Node) -> None:
-        """Bring a ctime of this run to the disk before the first change of a file's pages in this run.
+    def date(self, node: Node) -> None:
+        """Give a file a ctime of this run, which has to be on the disk before its pages first change in this run.
 
         Pages reach the disk before their inode does (fsync itself writes them first). A crash in between would leave a
         changed file with a ctime of long ago, to which the crash rule does not apply.
         """
-        found = self._io.fstat(node.fd)
-        self._io.utime(node.fd, ns=(found.st_atime_ns, found.st_mtime_ns))
-        self._io.fsync(node.fd)
+        found = self.io.fstat(node.fd)
+        self.io.utime(node.fd, ns=(found.st_atime_ns, found.st_mtime_ns))
 
     def _rewrite(self, node: Node) -> SealedFile:
         """Seal the node's file anew, in place: a plain one before its first change, or one whose id is used up."""
         assert node.file is not None
-        path = self._tree.path(node)
+        path = self.tree.path(node)
         try:
-            redo.seal_in_place(self._io, self._tree.meta_fd, self._redo_key, node.file, path, self._keys)
+            redo.seal_in_place(self.io, self.tree.meta_fd, self.redo_key, node.file, path, self.keys)
         except redo.UnfinishedError:
-            log.error("%s: rewriting it was interrupted; it cannot be changed until the next mount", os.fsdecode(path))
-            self._unfinished.add(node)
-            node.opens += 1  # stays open: the inode number in the redo file must not become another file's
-            node.file = SealedFile(self._io, node.fd, self._keys)
+            self.was_interrupted(node, path)
             raise
-        node.file = file = SealedFile(self._io, node.fd, self._keys)
+        node.file = file = SealedFile(self.io, node.fd, self.keys)
         return file
 
-    def _refuse_unfinished(self, node: Node) -> None:
-        if node in self._unfinished:
+    def was_interrupted(self, node: Node, path: bytes) -> None:
+        """Refuse changes of a file whose redo file could not be put in place."""
+        log.error("%s: rewriting it was interrupted; it cannot be changed until the next mount", os.fsdecode(path))
+        self.unfinished.add(node)
+        node.opens += 1  # stays open: the inode number in the redo file must not become another file's
+        node.file = SealedFile(self.io, node.fd, self.keys)
+
+    def changes(self, node: Node) -> None:
+        """Note that a file's content is about to change. Raises OSError when it must not."""
+        if node in self.unfinished:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if node is self.watched:
+            self.disturbed = True
+
+    def tally(self, size: int) -> None:
+        """Count bytes that were written to seal files anew."""
+        self.moved += size
 
     # -- damage
 
     def damaged(self, node: Node, page: int) -> IntegrityError:
         """Close the guard, log a damaged page once for every time that closed it, and return the error to raise."""
-        path = self._tree.path(node) if node.names else b"(deleted)"
+        path = self.tree.path(node) if node.names else b"(deleted)"
         guards = bool(node.names) and self._reserve is not None
-        closed = guards and self._tree.guard.close(path, page, self._now())
+        closed = guards and self.tree.guard.close(path, page, self._now())
         if closed or (node.ino, page) not in self._reported:
             self._reported.add((node.ino, page))
-            directory = protected_directory(path)
+            assert isinstance(node.file, SealedFile)
+            self.not_swept += node.file.refused is not None
+            directory, (what, until) = protected_directory(path), complaint(node.file.refused)
             log.error(
-                "%s page %d does not authenticate (%s); the guard is closed: nothing below %s can be removed, renamed or cut"
-                " until the file is restored from a backup, or given up, and the guard cleared"
-                " (encfs-js guard clear STORE %s)",
-                os.fsdecode(path), page, subject(directory), os.fsdecode(directory), os.fsdecode(directory),
+                "%s page %d %s (%s); the guard is closed: nothing below %s can be removed, renamed or cut until %s"
+                " and the guard cleared (encfs-js guard clear STORE %s)",
+                os.fsdecode(path), page, what, subject(directory), os.fsdecode(directory), until, os.fsdecode(directory),
             )  # fmt: skip
             self.save_guard()
         return IntegrityError(path, page)
@@ -382,15 +386,15 @@ class Files:
         """Write down guards that were closed; what does not work is tried again by the housekeeping."""
         if self._reserve is not None:
             try:
-                self._tree.guard.save(self._reserve.make_room_for)
+                self.tree.guard.save(self._reserve.make_room_for)
             except OSError as exc:
                 log.warning("the guard holds, but could not be written down yet: %s", exc.strerror)
 
     def _trim(self, node: Node) -> None:
-        sizes = crash.trim(self._io, node.fd, self._keys, plaintext=self._plaintext)
+        sizes = crash.trim(self.io, node.fd, self.keys, plaintext=self.plaintext)
         if sizes is not None:
             self.trimmed += 1
             log.warning(
                 "%s: cut from %d to %d bytes: what follows was never synced before the unclean stop",
-                os.fsdecode(self._tree.path(node)), *sizes,
+                os.fsdecode(self.tree.path(node)), *sizes,
             )  # fmt: skip

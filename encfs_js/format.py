@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InternalError, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from encfs_js.errors import CipherMissingError
 
 PAGE: Final = 4096
 HEADER: Final = 32
@@ -61,6 +63,50 @@ class Suite(IntEnum):
 
 Aead = ChaCha20Poly1305 | AESGCM
 AEADS: Final[dict[Suite, type[Aead]]] = {Suite.CHACHAPOLY: ChaCha20Poly1305, Suite.AES: AESGCM}
+
+# What `cryptography` raises when OpenSSL is told to take FIPS algorithms only: the first where it looks for itself, the
+# other where OpenSSL finds none (no FIPS provider is loaded: then it has no algorithm at all).
+REFUSED: Final = (UnsupportedAlgorithm, InternalError)
+
+
+def aead(suite: Suite, key: bytes) -> Aead:
+    """Return the cipher of a suite with a key. Raises CipherMissingError when the OpenSSL of this host refuses it."""
+    try:
+        return AEADS[suite](key)
+    except REFUSED:
+        raise missing(suite) from None
+
+
+def check_available(suite: Suite, hint: str = "") -> None:
+    """Raise CipherMissingError when the OpenSSL of this host refuses what files of that suite need."""
+    try:
+        aead(suite, file_key(bytes(32), Header(suite, 1, bytes(16))))
+    except (CipherMissingError, *REFUSED):
+        raise missing(suite, hint) from None
+
+
+def refused_suite(raw: bytes) -> Suite | None:
+    """Return the suite of the file that begins with `raw` if the OpenSSL of this host refuses it."""
+    try:
+        suite = Header.parse(raw).suite
+        check_available(suite)
+    except ValueError:
+        return None
+    except CipherMissingError:
+        return suite
+    return None
+
+
+def missing(suite: Suite, hint: str = "") -> CipherMissingError:
+    """Make the error for a suite that the OpenSSL of this host refuses."""
+    if suite is Suite.AES:
+        hint = "Even AES is refused: is the FIPS provider loaded? See the file that OPENSSL_CONF names, and its providers."
+    return CipherMissingError(
+        f"the OpenSSL of this host refuses {suite.label} (FIPS): what is sealed with it cannot be read here",
+        hint=hint
+        or "On another host take aes for the whole store, which may be mounted: encfs-js reencrypt STORE --new-epoch "
+        "--cipher aes --drop-epochs, then encfs-js key change STORE (for every slot).",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +199,7 @@ class PageBuffer:
 
 
 class FileCipher:
-    """The cipher of one sealed file: its header and its file key.
+    """The cipher of one sealed file: its header and its file key. Raises CipherMissingError.
 
     Holds the key inside the AEAD object only.
     """
@@ -163,7 +209,7 @@ class FileCipher:
     def __init__(self, volume_key: bytes, header: Header) -> None:
         self.header = header
         self.packed = header.pack()
-        self._aead: Aead = AEADS[header.suite](file_key(volume_key, header))
+        self._aead: Aead = aead(header.suite, file_key(volume_key, header))
 
     def seal_run(
         self, buffer: PageBuffer, first: int, plains: list[memoryview | bytes], last_length: int, nonces: bytes

@@ -4,7 +4,8 @@ Concurrency. One thread runs everything; a handler without `await` is atomic for
 Awaited are only: fsync and fsyncdir on a disk that has shown itself slow, the warming of cold pages before a read, and the
 growing of a file by more than 1 MiB. None of them touches the core from a thread: a thread gets a descriptor and syncs it, or
 reads it into a scratch buffer. The kernel holds back writes to a file while it changes its size, and sends an fsync only after
-the writes it covers were answered, so no lock is needed here.
+the writes it covers were answered, so no lock is needed here but one: while a file is sealed anew (rewrite.py), whoever wants
+to change it waits at the gate.
 
 Why no xattr handler exists: left at ENOSYS the kernel stops asking; with any other answer it asks for security.capability
 before every write, which made small writes 20 times slower. flush is left at ENOSYS as well: the kernel writes back at
@@ -25,9 +26,10 @@ import trio
 
 from encfs_js import journal, revive, times
 from encfs_js.format import PAGE, page_of
+from encfs_js.gate import Gate
 from encfs_js.journal import Entry, Journal
 from encfs_js.pace import Pace, await_pages
-from encfs_js.reply import Owner, entry_of, figures_of, nothing, replies
+from encfs_js.reply import Owner, entry_of, figures_of, nothing, replies, sets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,6 +75,7 @@ class Operations(pyfuse3.Operations):
         self._read_only = read_only
         self._notes = notes
         self._owner = Owner(owner)
+        self.gate = Gate(files)
         self.answering: Callable[[], None] = lambda: None
         self.answered = trio.Event()
         self._pace_of_syncs = Pace()
@@ -94,8 +97,7 @@ class Operations(pyfuse3.Operations):
         self._may_write()
         if self._notes.repeats(entry):
             return False
-        noted = revive.complete(self._tree, entry)
-        if noted is not None:
+        if noted := revive.complete(self._tree, entry):
             self._notes.note(noted)
         return True
 
@@ -172,6 +174,7 @@ class Operations(pyfuse3.Operations):
     @replies
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """Remove a name."""
+        await self.gate.to_remove((parent_inode, name))
         if self._changes(Entry(journal.UNLINK, parent_inode, name, pid=ctx.pid)):
             self._tree.unlink(self._tree.node(parent_inode), name)
 
@@ -187,6 +190,7 @@ class Operations(pyfuse3.Operations):
         flags: int, ctx: pyfuse3.RequestContext,
     ) -> None:  # fmt: skip
         """Move a name; RENAME_NOREPLACE and RENAME_EXCHANGE are the backing file system's."""
+        await self.gate.to_remove((parent_inode_new, name_new))
         if self._changes(
             Entry(journal.RENAME, parent_inode_old, name_old, parent_inode_new, name_new, flags=flags, pid=ctx.pid)
         ):
@@ -204,18 +208,21 @@ class Operations(pyfuse3.Operations):
         self._may_write()
         tree = self._tree
         node = tree.node(inode)
+        await self.gate.to_change(node)
         if fields.update_size:
             self._notes.change(inode)
             while not self._files.truncate(node, attr.st_size, _GROW):
                 await trio.lowlevel.checkpoint()
+                await self.gate.to_change(node)
                 self._notes.change(inode)
             self._files.detach(node)
-        if fields.update_uid or fields.update_gid or not _sets(fields):
+        if fields.update_uid or fields.update_gid or not sets(fields):
             uid, gid = attr.st_uid if fields.update_uid else -1, attr.st_gid if fields.update_gid else -1
             tree.chown(node, *self._owner.real(uid, gid))
         if fields.update_mode:
             tree.chmod(node, attr.st_mode)
         found = tree.stat(node)
+        self._files.disturbed |= node is self._files.watched
         if fields.update_mtime and fields.update_ctime and not fields.update_atime:
             times.flushed(tree, node, found, attr.st_mtime_ns)
         elif fields.update_atime or fields.update_mtime:
@@ -258,6 +265,7 @@ class Operations(pyfuse3.Operations):
             self._may_write()
         try:
             if flags & os.O_TRUNC:
+                await self.gate.to_change(node)
                 self._cut_at_open(node, ctx)
             return self._opened(node, flags)
         except BaseException:
@@ -270,6 +278,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Make and open a regular file."""
         parent = self._tree.node(parent_inode)
+        await self.gate.to_remove((parent_inode, name))
         exclusive = self._changes(Entry(journal.CREATE, parent_inode, name, pid=ctx.pid)) and bool(flags & os.O_EXCL)
         node, fd, found = self._tree.create(parent, name, mode, ctx.uid, ctx.gid, exclusive=exclusive)
         if node.file is None:
@@ -285,6 +294,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> memoryview:  # type: ignore[override]
         """Return plain bytes. What is not in memory is fetched so that nobody else has to wait for the disk."""
         node = self._tree.node(fh & _NODE)
+        await self.gate.to_read(node)
         try:
             return self._files.read(node, off, size, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -296,6 +306,7 @@ class Operations(pyfuse3.Operations):
         start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
         self._tree.io.fadvise(node.fd, start, end - start, os.POSIX_FADV_WILLNEED)
         await self._wait(node, self._pace_of_reads, await_pages, self._tree.io, node.fd, start, end)
+        await self.gate.to_read(node)
         return self._files.read(node, off, size)
 
     @replies
@@ -303,9 +314,11 @@ class Operations(pyfuse3.Operations):
         """Write plain bytes."""
         node = self._tree.node(fh & _NODE)
         cached = self._writeback and not fh & _DIRECT
+        await self.gate.to_change(node)
         self._notes.change(node.ino)
         while not (done := self._files.write(node, off, buf, cached=cached, most=_GROW)) and buf:
             await trio.lowlevel.checkpoint()
+            await self.gate.to_change(node)
             self._notes.change(node.ino)
         if fh & _SYNC and fh & _DIRECT:
             await self._wait(node, self._pace_of_syncs, self._tree.io.fsync, node.fd)
@@ -322,16 +335,11 @@ class Operations(pyfuse3.Operations):
 
     async def _wait(self, node: Node, pace: Pace, call: Callable[..., object], *args: object) -> None:
         """Wait for the disk with a node's descriptor, which stays open meanwhile."""
-        awaited = self._files.awaited
-        awaited[node] += 1
+        self._files.hold(node)
         try:
             await pace.run(call, *args)
         finally:
-            awaited[node] -= 1
-            if not awaited[node]:
-                del awaited[node]
-                if node.opens < 0:
-                    self._files.detach(node)
+            self._files.let_go(node)
 
     @replies
     async def release(self, fh: int) -> None:
@@ -363,7 +371,7 @@ class Operations(pyfuse3.Operations):
                 if not pyfuse3.readdir_reply(token, name, entry, offset):
                     return
         listing = self._listings[fh]
-        for offset, name in listing[bisect.bisect_right(listing, start_id, key=_offset) :]:
+        for offset, name in listing[bisect.bisect_right(listing, start_id, key=operator.itemgetter(0)) :]:
             try:
                 node, found = self._tree.lookup(directory, name)
             except FileNotFoundError:
@@ -388,11 +396,3 @@ class Operations(pyfuse3.Operations):
 
 def _directory(fh: int) -> int:
     return fh & ((1 << _DIRECTORY_SHIFT) - 1) if fh >> _DIRECTORY_SHIFT < _DIRECTORY_SERIALS else fh
-
-
-def _sets(fields: pyfuse3.SetattrFields) -> bool:
-    """Tell whether anything is to be set: chown(-1, -1) sets nothing, and moves ctime all the same."""
-    return bool(fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime)
-
-
-_offset = operator.itemgetter(0)

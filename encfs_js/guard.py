@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
+    from encfs_js.format import Suite
+
 _NAME: Final = "guard"
 _FORMAT: Final = "encfs_js guard"
 
@@ -56,6 +58,16 @@ def subject(directory: bytes) -> str:
     if len(parts) >= 2 and parts[-2] == "_js_":
         return f"raft group {parts[-1]}"
     return f"directory {os.fsdecode(directory) or '.'}"
+
+
+def complaint(refused: Suite | None) -> tuple[str, str]:
+    """Say what is wrong with a damaged page, and until when that stays so. refused: the file's suite, if this host refuses it."""
+    if refused is None:
+        return "does not authenticate", "the file is restored from a backup, or given up,"
+    return (
+        f"is sealed with {refused.label}, which the OpenSSL of this host refuses (FIPS)",
+        "a host that can read the file has the store, or has sealed it anew (encfs-js reencrypt STORE --cipher aes),",
+    )
 
 
 def read(store: str) -> list[Closed]:

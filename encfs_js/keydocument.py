@@ -23,14 +23,19 @@ COPY: Final = "keyring.bak"
 FORMAT: Final = "encfs_js keyring"
 VERSION: Final = 1
 KEY: Final = 32
+KINDS: Final = frozenset({"key", "tpm", "recovery"})
 
 # What a reader takes. A keyring may come from an attacker: opening it must end, and must not take all of the memory.
 MAX_DOCUMENT: Final = 1 << 20  # bytes
 MAX_SLOTS: Final = 64
+MAX_LABEL: Final = 255  # characters
+MAX_EPOCHS: Final = 4096  # of which one has about 230 bytes in the document
 MAX_ITERATIONS: Final = 1000
 MAX_LANES: Final = 255
 MAX_MEMORY_KIB: Final = 4 << 20  # 4 GiB
+MAX_WORK_KIB: Final = 64 << 20  # iterations times memory of all slots together: a wrong key is tried on each
 
+_LAYOUT = ("format", "version", "store_id", "settings", "epochs", "last_epoch", "slots", "mac", "checksum")
 _WRAPPED = NONCE + KEY + TAG
 _SUITES = {suite.label: suite for suite in Suite}
 
@@ -67,7 +72,7 @@ class Epoch:
 class Slot:
     """One way to open the keyring. Of a kind that this version does not know, only the first four fields are read.
 
-    bound: the canonical JSON of the slot without "wrapped".
+    kdf: None where the secret is random and needs no stretching. bound: the canonical JSON of the slot without "wrapped".
     """
 
     id: int
@@ -81,18 +86,25 @@ class Slot:
     wrapped: bytes = field(default=b"", repr=False)
     bound: bytes = field(default=b"", repr=False)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether this version can open it."""
+        return self.suite is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
     """A parsed document.
 
-    signed: what `mac` covers, the canonical JSON of the document without "mac" and "checksum".
+    last_epoch: the highest number that an epoch ever had; none is given twice. signed: what `mac` covers, the canonical JSON
+    of the document without "mac" and "checksum".
     """
 
     store_id: bytes
     settings: Settings
     epochs: tuple[Epoch, ...]
     slots: tuple[Slot, ...]
+    last_epoch: int
     mac: bytes = field(repr=False)
     signed: bytes = field(repr=False)
 
@@ -118,13 +130,27 @@ class _KdfShape(msgspec.Struct, forbid_unknown_fields=True):
 class _SlotShape(msgspec.Struct):
     id: _Number
     kind: Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9-]{0,31}\Z")]
-    label: Annotated[str, msgspec.Meta(max_length=255)]
+    label: Annotated[str, msgspec.Meta(max_length=MAX_LABEL)]
     created: _Time
 
 
 class _KeySlotShape(_SlotShape, forbid_unknown_fields=True):
     suite: _SuiteName
     kdf: _KdfShape
+    check: _Bytes16
+    wrapped: _Wrapped
+
+
+class _HkdfShape(msgspec.Struct, forbid_unknown_fields=True):
+    name: Literal["hkdf-sha256"]
+    salt: _Bytes16
+
+
+class _RandomSlotShape(_SlotShape, forbid_unknown_fields=True):
+    """A slot whose secret is random: `tpm`, `recovery`."""
+
+    suite: _SuiteName
+    kdf: _HkdfShape
     check: _Bytes16
     wrapped: _Wrapped
 
@@ -147,10 +173,11 @@ class _Shape(msgspec.Struct, forbid_unknown_fields=True):
     version: int
     store_id: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
     settings: _SettingsShape
-    epochs: Annotated[list[_EpochShape], msgspec.Meta(min_length=1)]
+    epochs: Annotated[list[_EpochShape], msgspec.Meta(min_length=1, max_length=MAX_EPOCHS)]
     slots: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1, max_length=MAX_SLOTS)]
     mac: _Bytes32
     checksum: str
+    last_epoch: _Number | msgspec.UnsetType = msgspec.UNSET
 
 
 def parse(document: bytes) -> Keyring:
@@ -183,12 +210,18 @@ def parse(document: bytes) -> Keyring:
         raise damaged("two epochs or two slots have one number")
     if shape.settings.epoch not in numbers:
         raise damaged("the epoch of new files has no volume key")
+    last = max(numbers) if isinstance(shape.last_epoch, msgspec.UnsetType) else shape.last_epoch
+    if last < max(numbers):
+        raise damaged("there is an epoch behind the last one")
+    if sum(slot.kdf.iterations * slot.kdf.memory_kib for slot in slots if slot.kdf) > MAX_WORK_KIB:
+        raise damaged("trying a key on all of its slots would take too long")
     del unsummed["mac"]
     return Keyring(
         store_id=bytes.fromhex(shape.store_id),
         settings=Settings(_SUITES[shape.settings.cipher], shape.settings.plaintext, shape.settings.epoch),
         epochs=epochs,
         slots=slots,
+        last_epoch=last,
         mac=shape.mac,
         signed=canonical(unsummed),
     )
@@ -200,18 +233,22 @@ def _parse_slot(raw: dict[str, Any]) -> Slot:
     # Labels are printed before any key is known: no escape sequences to the terminal.
     if not shape.label.isprintable():
         raise msgspec.ValidationError("a label is not printable")
-    if shape.kind != "key":
+    if shape.kind not in KINDS:
         return Slot(shape.id, shape.kind, shape.label, shape.created)
-    full = msgspec.convert(raw, _KeySlotShape)
-    if full.kdf.memory_kib < 8 * full.kdf.lanes:
-        raise msgspec.ValidationError("a slot has less than 8 KiB of memory a lane")
+    full: _KeySlotShape | _RandomSlotShape
+    full = msgspec.convert(raw, _KeySlotShape) if shape.kind == "key" else msgspec.convert(raw, _RandomSlotShape)
+    kdf = None
+    if isinstance(full.kdf, _KdfShape):
+        kdf = Kdf(full.kdf.iterations, full.kdf.lanes, full.kdf.memory_kib)
+        if kdf.memory_kib < 8 * kdf.lanes:
+            raise msgspec.ValidationError("a slot has less than 8 KiB of memory a lane")
     return Slot(
         id=full.id,
         kind=full.kind,
         label=full.label,
         created=full.created,
         suite=_SUITES[full.suite],
-        kdf=Kdf(full.kdf.iterations, full.kdf.lanes, full.kdf.memory_kib),
+        kdf=kdf,
         salt=full.kdf.salt,
         check=full.check,
         wrapped=full.wrapped,
@@ -257,14 +294,25 @@ def finish(unsigned: dict[str, Any], mac_key: bytes) -> bytes:
 
     Raises ValueError when `parse` would refuse them: what cannot be read back must not be written.
     """
-    signed = unsigned | {"mac": b64(hmac.digest(mac_key, canonical(unsigned), "sha256"))}
-    whole = signed | {"checksum": hashlib.sha256(canonical(signed)).hexdigest()}
-    document = json.dumps(whole, indent=2).encode("ascii") + b"\n"
+    document = _whole(unsigned, hmac.digest(mac_key, canonical(unsigned), "sha256"))
     try:
         parse(document)
     except KeyringDamagedError as problem:
         raise ValueError(str(problem)) from None
     return document
+
+
+def write_out(keyring: Keyring) -> bytes:
+    """Return a document that `parse` makes this very keyring of."""
+    return _whole(json.loads(keyring.signed), keyring.mac)
+
+
+def _whole(unsigned: dict[str, Any], mac: bytes) -> bytes:
+    signed = unsigned | {"mac": b64(mac)}
+    whole = signed | {"checksum": hashlib.sha256(canonical(signed)).hexdigest()}
+    # One document for one keyring, whichever change it comes from: a file that is another is another keyring.
+    laid_out = {name: json.loads(canonical(whole[name])) for name in _LAYOUT if name in whole}
+    return json.dumps(laid_out, indent=2).encode("ascii") + b"\n"
 
 
 def damaged(reason: str) -> KeyringDamagedError:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 VARIABLE: Final = "JS_KEY"
 MAX_KEY: Final = 1 << 20  # bytes
+SHORT_KEY: Final = 8  # bytes
 
 _EMPTY_HINT = (
     "nats-server silently turns encryption off when its key is set but empty; encfs-js refuses. "
@@ -36,6 +37,7 @@ def find_key(
     *,
     key_file: str | None = None,
     credential: str | None = None,
+    tpm: Callable[[], bytes] | None = None,
     config_key: str | None = None,
     environ: MutableMapping[str, str] = os.environ,
     prompt: Callable[[], str] | None = None,
@@ -43,17 +45,21 @@ def find_key(
     """Return the key string's UTF-8 bytes from the first source that was given, in the order of the arguments.
 
     key_file: a path; the key is the content less one newline at its end. credential: a name in $CREDENTIALS_DIRECTORY
-    (systemd), read likewise. config_key: what the configuration file says. environ: the variable JS_KEY; it is removed
-    from the mapping in any case, so that no child process gets it (/proc/PID/environ keeps what the process was started
-    with). prompt: asks a person, see `terminal`.
+    (systemd), read likewise. tpm: asks the TPM, which keeps what it pleases. config_key: what the configuration file says.
+    environ: the variable JS_KEY; it is removed from the mapping in any case, so that no child process gets it
+    (/proc/PID/environ keeps what the process was started with). prompt: asks a person, see `terminal`.
 
-    Raises KeyMissingError when there is no source, or the first one is empty, unreadable or not text.
+    Raises KeyMissingError when there is no source, or the first one is empty, unreadable or not text; and what `tpm` raises.
     """
     variable = environ.pop(VARIABLE, None)
     if key_file is not None:
         return _read(key_file, f"key file {key_file}", private=True)
     if credential is not None:
         return _read(_credential_path(credential, environ), f"credential {credential}", private=False)
+    if tpm is not None:
+        if kept := tpm():
+            return kept
+        raise KeyMissingError("the key that the TPM keeps is empty", hint=_EMPTY_HINT)
     if config_key is not None:
         return _encoded(config_key, "the key in the configuration file")
     if variable is not None:
@@ -62,13 +68,13 @@ def find_key(
         return _encoded(prompt(), "the key that was typed")
     raise KeyMissingError(
         "no key: none was given, and there is no terminal to ask on",
-        hint="Give one of: --key-file FILE, --credential NAME, --config FILE with a key in it, the environment "
-        f"variable {VARIABLE}.",
+        hint="Give one of: --key-file FILE, --credential NAME, --config FILE with a key or tpm block in it, the "
+        f"environment variable {VARIABLE}.",
     )
 
 
-def terminal(*, confirm: bool = False) -> Callable[[], str] | None:
-    """Return a prompt for `find_key` that asks without echo, twice with `confirm`; None without a terminal.
+def terminal(*, confirm: bool = False, what: str = "Key") -> Callable[[], str] | None:
+    """Return a prompt for `find_key` that asks for `what` without echo, twice with `confirm`; None without a terminal.
 
     The prompt raises KeyMissingError when the input ends, the two answers differ or the echo cannot be turned off.
     """
@@ -80,7 +86,7 @@ def terminal(*, confirm: bool = False) -> Callable[[], str] | None:
             # getpass would go on with a visible key and say so in a warning.
             warnings.simplefilter("error", getpass.GetPassWarning)
             try:
-                key = getpass.getpass("Key: ")
+                key = getpass.getpass(f"{what}: ")
                 same = not confirm or getpass.getpass("The same key again: ") == key
             except EOFError:
                 problem = "no key: the input ended"
@@ -95,6 +101,12 @@ def terminal(*, confirm: bool = False) -> Callable[[], str] | None:
         )
 
     return ask
+
+
+def warn_of_weak(key: bytes) -> None:
+    """Warn of a key that a slot is made with, and that is short enough to be guessed in spite of Argon2id."""
+    if len(key) < SHORT_KEY:
+        log.warning("a key of fewer than %d bytes can be guessed; a good one: openssl rand -base64 32", SHORT_KEY)
 
 
 def _credential_path(name: str, environ: MutableMapping[str, str]) -> str:

@@ -16,22 +16,29 @@ import hmac
 import os
 import stat
 import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from encfs_js import steps
 from encfs_js.backing import FALLOC_FL_KEEP_SIZE
 from encfs_js.format import NONCE, PAGE, capacity, pages_for, plain_start
 from encfs_js.sealed import RUN_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from encfs_js.backing import Backing
     from encfs_js.sealed import FileKeys, SealedFile
+    from encfs_js.steps import Steps
 
 MAGIC: Final = b"ENCFSJSR"
 INFO: Final = b"encfs_js redo mac v1"
 _HEAD: Final = struct.Struct("<8sQQH")
+_MTIME: Final = struct.Struct("<q")
 _MAC_AT: Final = PAGE - 32
+_MTIME_AT: Final = _MAC_AT - _MTIME.size
 _LONGEST_PATH: Final = 4000
 _RUN: Final = 1 << 20
 
@@ -75,14 +82,28 @@ def sealed_runs(source: PlainFile | SealedFile, keys: FileKeys) -> Iterator[memo
     per_run = RUN_BYTES // PAGE
     for first in range(0, total, per_run):
         count = min(per_run, total - first)
+        start = plain_start(first)
+        # A copy: the buffer that it was opened in is the one that it is sealed in.
+        run = memoryview(bytes(source.read(start, min(source.size, plain_start(first + count)) - start)))
         plains: list[memoryview | bytes] = []
         length = 0
         for page in range(first, first + count):
-            plain = bytes(source.read(plain_start(page), capacity(page)))
+            plain = run[plain_start(page) - start : plain_start(page + 1) - start]
             length = len(plain)
-            plains.append(plain + bytes(capacity(page) - length))
+            full = length == capacity(page)
+            plains.append(plain if full else bytes(plain) + bytes(capacity(page) - length))
         cipher.seal_run(keys.buffer, first, plains, length, keys.random(NONCE * count))
         yield keys.buffer.sealed[: count * PAGE]
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A redo file that is complete and on the disk, and does not count yet. fd: open; pages: of the new content."""
+
+    fd: int
+    name: bytes
+    pages: int
+    mtime_ns: int
 
 
 def seal_in_place(
@@ -91,6 +112,26 @@ def seal_in_place(
     """Replace the content of the open file `source` by its sealed form under a fresh id. `path`: its path in the store.
 
     Raises DamagedPageError and OSError before anything of the target was touched (ENOSPC), and UnfinishedError after.
+    """
+    staged = steps.run(stage(io, meta_fd, mac_key, source, path, keys))
+    steps.run(put(io, meta_fd, staged, source.fd))
+
+
+def stage(
+    io: Backing,
+    meta_fd: int,
+    mac_key: bytes,
+    source: PlainFile | SealedFile,
+    path: bytes,
+    keys: FileKeys,
+    *,
+    mtime_ns: int = 0,
+    tally: Callable[[int], None] = lambda _size: None,
+) -> Steps[Staged]:
+    """Write the sealed form of `source` to a redo file that does not count yet. The target is not touched.
+
+    mtime_ns: the one that the file is to have then, 0 for the time of the replacement. tally: gets the size of every part.
+    Raises DamagedPageError and OSError, and then leaves nothing behind; nor does closing the generator.
     """
     if len(path) > _LONGEST_PATH:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -103,31 +144,54 @@ def seal_in_place(
     except OSError as exc:
         if exc.errno != errno.EOPNOTSUPP:
             raise
-    redo = io.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=meta_fd)
+    # A file of its own: one that is given up in favour of another rewriting of the same target must not write into that one.
+    with suppress(FileNotFoundError):
+        io.unlink(temporary, dir_fd=meta_fd)
+    redo = io.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=meta_fd)
     try:
         digest, at = hashlib.sha256(), PAGE
         for run in sealed_runs(source, keys):
             digest.update(run)
             _write_all(io, redo, run, at)
             at += len(run)
+            tally(len(run))
+            yield None
         head = _HEAD.pack(MAGIC, ino, pages, len(path)) + path
-        head += bytes(_MAC_AT - len(head))
+        head += bytes(_MTIME_AT - len(head)) + _MTIME.pack(mtime_ns)
         _write_all(io, redo, head + _mac(mac_key, head, digest.digest()), 0)
-        io.fsync(redo)
+        yield partial(io.fsync, redo)
     except BaseException:
-        io.close(redo)
-        io.unlink(temporary, dir_fd=meta_fd)
+        discard(io, meta_fd, Staged(redo, name, 0, 0))
         raise
+    return Staged(redo, name, pages, mtime_ns)
+
+
+def discard(io: Backing, meta_fd: int, staged: Staged) -> None:
+    """Take away what was staged, and is not to count."""
+    io.close(staged.fd)
+    with suppress(FileNotFoundError):
+        io.unlink(staged.name + b".tmp", dir_fd=meta_fd)
+
+
+def put(io: Backing, meta_fd: int, staged: Staged, target: int) -> Steps[None]:
+    """Have the staged content count, and copy it over the open file `target`, which nobody else may change meanwhile.
+
+    Raises UnfinishedError. Must be run to its end: closing it in the middle leaves the same as that error.
+    """
     try:
-        io.rename(temporary, name, src_dir_fd=meta_fd, dst_dir_fd=meta_fd)
-        io.fsync(meta_fd)
-        _copy(io, redo, source.fd, pages)
-        io.unlink(name, dir_fd=meta_fd)
-        io.fsync(meta_fd)
+        io.rename(staged.name + b".tmp", staged.name, src_dir_fd=meta_fd, dst_dir_fd=meta_fd)
+        yield partial(io.fsync, meta_fd)
+        for at in range(0, staged.pages * PAGE, _RUN):
+            _copy_run(io, staged.fd, target, staged.pages, at)
+            yield None
+        _end_copy(io, target, staged.pages, staged.mtime_ns)
+        yield partial(io.fsync, target)
+        io.unlink(staged.name, dir_fd=meta_fd)
+        yield partial(io.fsync, meta_fd)
     except OSError as exc:
         raise UnfinishedError(errno.EIO, os.strerror(errno.EIO)) from exc
     finally:
-        io.close(redo)
+        io.close(staged.fd)
 
 
 def recover(io: Backing, root_fd: int, meta_fd: int, mac_key: bytes) -> list[str]:
@@ -176,7 +240,10 @@ def _finish(io: Backing, redo: int, root_fd: int, mac_key: bytes) -> bytes | Non
             return None
     target = io.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
     try:
-        _copy(io, redo, target, pages)
+        for at in range(0, pages * PAGE, _RUN):
+            _copy_run(io, redo, target, pages, at)
+        _end_copy(io, target, pages, _MTIME.unpack_from(head, _MTIME_AT)[0])
+        io.fsync(target)
     finally:
         io.close(target)
     return path
@@ -205,18 +272,20 @@ def _named(io: Backing, root_fd: int, directory: bytes, ino: int) -> Iterator[by
             yield path
 
 
-def _copy(io: Backing, redo: int, target: int, pages: int) -> None:
-    run = memoryview(bytearray(_RUN))
-    for at in range(0, pages * PAGE, _RUN):
-        part = run[: min(_RUN, pages * PAGE - at)]
-        if io.preadv(redo, [part], at + PAGE) != len(part):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        _write_all(io, target, part, at)
+def _copy_run(io: Backing, redo: int, target: int, pages: int, at: int) -> None:
+    part = bytearray(min(_RUN, pages * PAGE - at))
+    if io.preadv(redo, [part], at + PAGE) != len(part):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    _write_all(io, target, part, at)
+
+
+def _end_copy(io: Backing, target: int, pages: int, mtime_ns: int) -> None:
     io.ftruncate(target, pages * PAGE)
-    io.fsync(target)
+    if mtime_ns:
+        io.utime(target, ns=(io.fstat(target).st_atime_ns, mtime_ns))
 
 
-def _write_all(io: Backing, fd: int, data: bytes | memoryview, at: int) -> None:
+def _write_all(io: Backing, fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
     view = memoryview(data)
     while view:
         done = io.pwrite(fd, view, at)

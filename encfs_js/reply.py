@@ -109,3 +109,8 @@ def figures_of(disk: os.statvfs_result) -> pyfuse3.StatvfsData:
     for name in ("f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"):
         setattr(figures, name, getattr(disk, name))
     return figures
+
+
+def sets(fields: pyfuse3.SetattrFields) -> bool:
+    """Tell whether anything is to be set: chown(-1, -1) sets nothing, and moves ctime all the same."""
+    return bool(fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime)

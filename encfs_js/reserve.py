@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from encfs_js.backing import Backing
+    from encfs_js.tree import Node
 
 GROWTH: Final = 8 << 20
 SLACK: Final = 4 << 20
@@ -83,3 +84,32 @@ class Reserve:
     def close(self) -> None:
         """Close the file; the space stays taken."""
         self._io.close(self._fd)
+
+
+class Promises:
+    """What files that are written through the kernel's cache may still take of the disk. writers: their nodes, open."""
+
+    def __init__(self, io: Backing, reserve: Reserve) -> None:
+        self._io = io
+        self._reserve = reserve
+        self.writers: set[Node] = set()
+
+    def has_room_for(self, node: Node) -> bool:
+        """Tell whether one more file, which is open, may be written through the cache."""
+        self._reserve.refill()
+        free = self._reserve.available() - SLACK
+        return free > (len(self.writers) + 1) * still_to_come(0) or free > self._promised({*self.writers, node})
+
+    def leave_room(self, node: Node, growth: int) -> None:
+        """Refuse a direct write of `growth` more bytes that would take room promised to others. Raises OSError ENOSPC."""
+        others = self.writers - {node}
+        if growth > 0 and others and self._reserve.available() < self._promised(others) + growth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def leave_room_beside(self, size: int) -> None:
+        """Refuse a copy of `size` bytes that would take room promised to anybody. Raises OSError ENOSPC."""
+        if self._reserve.available() - SLACK < self._promised(self.writers) + size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _promised(self, writers: set[Node]) -> int:
+        return sum(still_to_come(self._io.fstat(node.fd).st_size) for node in writers)

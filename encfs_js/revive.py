@@ -5,15 +5,21 @@ Synchronous; the store is nobody else's.
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import TYPE_CHECKING
+import stat
+from typing import TYPE_CHECKING, Final
 
-from encfs_js import journal
+from encfs_js import crash, journal
 from encfs_js.backing import RENAME_EXCHANGE
+from encfs_js.opening import open_backing
 from encfs_js.tree import HIDDEN, Node, Tree
 
 if TYPE_CHECKING:
+    from encfs_js.files import Files
     from encfs_js.journal import Entry
+
+log: Final = logging.getLogger("encfs_js")
 
 
 def walk(tree: Tree) -> None:
@@ -40,6 +46,24 @@ def walk(tree: Tree) -> None:
             directory.children[name] = node
             if is_directory:
                 todo.append(node)
+
+
+def mend(files: Files, ino: int) -> None:
+    """Make a file whole that a worker was changing when it died; whoever asked for it may not ask again."""
+    tree, io = files.tree, files.io
+    node = tree.nodes.get(ino)
+    if node is None or files.promises is None:
+        return
+    try:
+        fd, _ = open_backing(tree, node, write=True, read_only=False)
+        try:
+            found = io.fstat(fd)
+            if found.st_ino == ino and stat.S_ISREG(found.st_mode):
+                crash.end(io, fd, files.keys, plaintext=files.plaintext)
+        finally:
+            io.close(fd)
+    except OSError as exc:
+        log.warning("node %d, which a worker was changing when it died, cannot be mended: %s", ino, exc.strerror)
 
 
 def number(tree: Tree, parent: Node, name: bytes) -> int:

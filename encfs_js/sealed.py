@@ -10,6 +10,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
+from encfs_js.errors import CipherMissingError
 from encfs_js.format import (
     HEADER,
     MAX_PLAIN,
@@ -26,6 +27,7 @@ from encfs_js.format import (
     page_of,
     pages_for,
     plain_start,
+    refused_suite,
 )
 
 if TYPE_CHECKING:
@@ -60,16 +62,20 @@ class FileKeys:
         self.random = random
         self.buffer = PageBuffer(RUN_PAGES)
 
+    def renew(self, volume_key: Callable[[int], bytes], suite: Suite, epoch: int) -> None:
+        """Take other keys, which must have those of all files there are; new files take `suite` and `epoch` from now on."""
+        self._volume_key, self.suite, self.epoch = volume_key, suite, epoch
+
     def fresh(self) -> FileCipher:
         """Return the cipher of a new file id."""
         return FileCipher(self._volume_key(self.epoch), Header(self.suite, self.epoch, self.random(16)))
 
     def of(self, raw: bytes) -> FileCipher | None:
-        """Return the cipher of the file that begins with `raw`; None if that is no header of ours or its epoch is unknown."""
+        """Return the cipher of the file that begins with `raw`; None: no header of ours, an unknown epoch, a refused suite."""
         try:
             header = Header.parse(raw)
             return FileCipher(self._volume_key(header.epoch), header)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, CipherMissingError):
             return None
 
 
@@ -77,11 +83,12 @@ class SealedFile:
     """An open sealed file. `fd` stays the caller's; it must be open for reading, and for writing if the file is to change.
 
     size: plain bytes. damage: None, or the index of the page that is reported when the end of the file is touched; then
-    `size` is what the file claims, so that nobody takes it for shorter than it was.
+    `size` is what the file claims, so that nobody takes it for shorter than it was. refused: the suite, if the OpenSSL of this
+    host refuses it; then page 0 counts as damaged.
     Methods raise DamagedPageError where a page does not authenticate, and OSError from the backing file.
     """
 
-    __slots__ = ("_cipher", "_fresh_id", "_io", "_keys", "_seals", "damage", "fd", "pages", "size")
+    __slots__ = ("_cipher", "_fresh_id", "_io", "_keys", "_seals", "damage", "fd", "pages", "refused", "size")
 
     def __init__(self, io: Backing, fd: int, keys: FileKeys) -> None:
         self._io = io
@@ -97,12 +104,15 @@ class SealedFile:
         self.pages = whole + (rest > 0)
         self.damage: int | None = None
         self._cipher: FileCipher | None = None
+        self.refused: Suite | None = None
         self.size = 0
         if not self.pages:
             return
         page = self.pages - 1
         raw = self._page(page)
-        self._cipher = self._keys.of(raw if page == 0 else self._page(0, HEADER))
+        head = raw if page == 0 else self._page(0, HEADER)
+        self._cipher = self._keys.of(head)
+        self.refused = refused_suite(head) if self._cipher is None else None
         length = self._cipher.authentic(raw, page) if self._cipher and not rest else None
         if length is None:
             # The field may lie, but never so that reading up to the size would miss the damaged page.
@@ -123,6 +133,14 @@ class SealedFile:
     def suite(self) -> Suite | None:
         """The file's suite, None while it is empty or its header is damaged."""
         return self._cipher.header.suite if self._cipher else None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the file has another suite or epoch than new files get, or one that is refused; an empty one has none."""
+        header = self._cipher.header if self._cipher else None
+        if header is None:
+            return self.refused is not None
+        return (header.suite, header.epoch) != (self._keys.suite, self._keys.epoch)
 
     @property
     def wants_new_id(self) -> bool:
@@ -339,7 +357,7 @@ class SealedFile:
         if not pages:
             self._io.ftruncate(self.fd, 0)
             self._fresh_id, self._seals = False, 0
-            self.pages, self.size, self.damage, self._cipher = 0, 0, None, None
+            self.pages, self.size, self.damage, self._cipher, self.refused = 0, 0, None, None, None
             return
         if self.damage == 0:
             raise DamagedPageError(0)
@@ -355,6 +373,18 @@ class SealedFile:
             # The next write may take a new id. Were the cut lost in a power cut, the old pages behind would not fit it.
             self._io.fdatasync(self.fd)
         self.pages, self.size, self.damage = pages, size, None
+
+    def renew(self) -> None:
+        """Seal a file of one page anew, under a fresh id: one write, so a crash leaves the old page or the new one.
+
+        Raises DamagedPageError and OSError.
+        """
+        assert self.pages == 1
+        plain = bytes(self.read(0, self.size))
+        self._fresh_id = False
+        self._seal(0, [plain + bytes(capacity(0) - self.size)], self.size)
+        self._io.settle(self.fd, 0, PAGE)
+        self._finish(self._keys.buffer.sealed[:PAGE], 0)
 
     def sync(self, datasync: bool) -> None:
         """Bring to the disk what was written before the call; with `datasync` without times and modes."""

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from encfs_js import fusemount, journal, resend, spawn, wire
+from encfs_js.errands import Errands
 from encfs_js.errors import MountFailedError, WorkersFailedError
 from encfs_js.mounts import find
 
@@ -63,6 +64,7 @@ class Succession:
         self.takeovers = 0
         self.problem: dict[str, Any] = {}  # what a worker that failed said
         self.exit_code: int | None = None  # set: it is over
+        self.errands = Errands(orders["keys"])
         self._orders = orders
         self._watch = watch
         self._tell = on_serving
@@ -137,7 +139,7 @@ class Succession:
 
     def _start(self, options: int, now: float) -> Worker | None:
         """Start a worker, which loads everything and then waits. None when that failed: it is tried again."""
-        fds = {"options": options, "journal": self._journal, "keys": self._orders["keys"], "lock": self._orders["lock"]}
+        fds = {"options": options, "journal": self._journal, "lock": self._orders["lock"]}
         try:
             worker = spawn.start([*self._orders["program"], self.mountpoint], fds)
         except OSError as problem:
@@ -185,7 +187,7 @@ class Succession:
     def _on_loaded(self, worker: Worker, _message: dict[str, Any] | None = None, _fds: list[int] | None = None) -> None:
         worker.loaded = True
         if worker is self.active:
-            self._send(worker, {"do": "prepare", "resumed": self.served})
+            self._send(worker, {"do": "prepare", "resumed": self.served}, [self.errands.keys])
         elif worker is self.candidate and self.active is not None:
             log.info("%s: reload: worker %d takes over", self.mountpoint, worker.pid)
             os.kill(self.active.pid, signal.SIGKILL)
@@ -237,7 +239,14 @@ class Succession:
             if self.standby is not None:
                 os.kill(self.standby.pid, signal.SIGKILL)  # the old code; its end brings the new one
             self._answer({"ok": True, "worker": worker.pid})
+        self.errands.on_serving(worker)
         self._tell(worker)
+
+    def _on_rekeyed(self, _worker: Worker, message: dict[str, Any], fds: list[int]) -> None:
+        self.errands.on_rekeyed(message, fds)
+
+    def _on_progress(self, _worker: Worker, message: dict[str, Any], _fds: list[int]) -> None:
+        self.errands.on_progress(message)
 
     def _on_unmounted(self, _worker: Worker, _message: dict[str, Any], _fds: list[int]) -> None:
         self._unmounted = True
@@ -254,6 +263,7 @@ class Succession:
         self._watch(worker.pidfd, None)
         code = worker.reap()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self.errands.on_end(worker)
         if worker is self.active:
             self.active = None
             self._replace(worker, code, how)

@@ -182,27 +182,37 @@ class Supervisor:
     # -- commands
 
     def _on_request(self, request: control.Request) -> None:
-        """Answer what a command asks over the control socket: a reload, or the status."""
+        """Answer what a command asks over the control socket."""
         succession = self._succession
-        options = request.message.get("options")
-        if request.message.get("do") == "reload" and isinstance(options, dict):
-            succession.reload(options, request.answer)
-            return
-        if request.message.get("do") != "status":
+        errands, message = succession.errands, request.message
+        if message.get("do") == "reload" and isinstance(message.get("options"), dict):
+            succession.reload(message["options"], request.answer)
+        elif message.get("do") == "rekey":
+            errands.rekey(request.answer)
+        elif message.get("do") == "reencrypt" and isinstance(message.get("rate"), float | None):
+            errands.reencrypt(message.get("rate"))
+            request.answer({"ok": True})
+        elif message.get("do") == "stop":
+            errands.stop()
+            request.answer({"ok": True})
+        elif message.get("do") == "status":
+            request.answer(self._status())
+        else:
             request.answer({"ok": False, "how": "no such command"})
-            return
+
+    def _status(self) -> dict[str, Any]:
+        succession = self._succession
         active, standby = succession.active, succession.standby
-        request.answer(
-            {
-                "ok": True,
-                "supervisor": os.getpid(),
-                "worker": active.pid if active is not None and active.serving else None,
-                "standby": standby.pid if standby is not None and standby.loaded else None,
-                "takeovers": succession.takeovers,
-                "writeback": succession.writeback,
-                "options": json.loads(os.pread(succession.options, 1 << 20, 0)),
-            }
-        )
+        return {
+            "ok": True,
+            "supervisor": os.getpid(),
+            "worker": active.pid if active is not None and active.serving else None,
+            "standby": standby.pid if standby is not None and standby.loaded else None,
+            "takeovers": succession.takeovers,
+            "writeback": succession.writeback,
+            "reencrypt": succession.errands.progress or None,
+            "options": json.loads(os.pread(succession.options, 1 << 20, 0)),
+        }
 
 
 def main() -> None:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # its system calls for far less than that.
 _LOOKS: Final = 10
 _PAUSE: Final = 0.02
+# A file that is rewritten under the mount: so many times a pause of so many seconds; a gigabyte takes 4 s.
+_REWRITES: Final = 100
+_REWRITE: Final = 0.1
 _REDO: Final = re.compile(rb"redo-([0-9a-f]{16})")
 
 
@@ -76,16 +79,29 @@ def verify(
     keys: Keys,
     *,
     touched: Callable[[int], bool],
+    newer: Callable[[], Keys] | None = None,
+    busy: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Report:
     """Authenticate a store.
 
-    touched: ctime in ns -> does the crash rule apply to such a file? Raises OSError when the store cannot be opened.
+    touched: ctime in ns -> does the crash rule apply to such a file? newer: the keys as they are now, when an epoch turns up
+    that `keys` have not. busy: somebody has the store mounted. Raises OSError when the store cannot be opened.
     """
     report = Report()
     settings = keys.settings
-    file_keys = FileKeys(keys.volume_key, settings.cipher, settings.epoch)
-    redo = _unfinished(io, store)
+
+    def volume_key(epoch: int) -> bytes:
+        nonlocal keys
+        try:
+            return keys.volume_key(epoch)
+        except KeyError:
+            if newer is None:
+                raise
+            keys = newer()
+            return keys.volume_key(epoch)
+
+    file_keys = FileKeys(volume_key, settings.cipher, settings.epoch)
 
     def failed(path: bytes, problem: OSError) -> None:
         report.unreadable.append((path, problem.strerror or "unreadable"))
@@ -106,7 +122,8 @@ def verify(
                     report.plaintext_files += 1
                     report.plaintext_bytes += status.st_size
                 else:
-                    _judge(report, entry.path, file, touched=crashed, redo=status.st_ino in redo)
+                    damaged, redo = _checked(io, store, fd, file, busy=busy, sleep=sleep)
+                    _judge(report, entry.path, file, damaged, touched=crashed, redo=redo)
             finally:
                 io.close(fd)
         except OSError as problem:
@@ -124,9 +141,25 @@ def _unfinished(io: Backing, store: str) -> frozenset[int]:
     return frozenset(int(match[1], 16) for match in found if match)
 
 
-def _judge(report: Report, path: bytes, file: _File, *, touched: bool, redo: bool) -> None:
-    """Check one file and put it down. touched: the crash rule applies to it. redo: its rewriting is unfinished."""
-    damaged = file.check()
+def _checked(
+    io: Backing, store: str, fd: int, file: _File, *, busy: bool, sleep: Callable[[float], None]
+) -> tuple[list[int], bool]:
+    """Return a file's damaged pages, and whether its rewriting is unfinished; what is being rewritten is waited for."""
+    for _ in range(_REWRITES):
+        before = io.fstat(fd)
+        damaged = file.check()
+        redo = bool(damaged) and before.st_ino in _unfinished(io, store)
+        after = io.fstat(fd)
+        changed = (before.st_size, before.st_ctime_ns) != (after.st_size, after.st_ctime_ns)
+        if not damaged or not busy or not (redo or changed):
+            break
+        sleep(_REWRITE)
+        file.measure()
+    return damaged, redo
+
+
+def _judge(report: Report, path: bytes, file: _File, damaged: list[int], *, touched: bool, redo: bool) -> None:
+    """Put down what was found in a file. touched: the crash rule applies to it. redo: its rewriting is unfinished."""
     if not file.pages:
         report.empty += 1
         return
@@ -173,9 +206,9 @@ class _File:
         self._pause = _PAUSE
         self.short: set[int] = set()
         self.last_length = 0
-        self._measure()
+        self.measure()
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         """Take size and header as they are now."""
         self.whole, self.rest = divmod(self._io.fstat(self._fd).st_size, PAGE)
         self._start = self._page(0)
@@ -248,7 +281,7 @@ class _File:
                 return False
             seen = now
             self._sleep(self._pause)
-            self._measure()
+            self.measure()
             try:
                 if page >= self.pages or self._open(page, 1):
                     return True

@@ -8,8 +8,6 @@ where a dead one has stopped.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import gc
 import json
 import logging
@@ -19,93 +17,28 @@ import resource
 import socket
 import sys
 import threading
-import time
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pyfuse3
 import trio
 
-from encfs_js import hygiene, journal, keymemory, logs, redo, resend, revive, session, state, sweep, wire
+from encfs_js import hygiene, journal, keymemory, logs, resend, revive, session, state, sweep, wire
+from encfs_js.background import Background
 from encfs_js.backing import Backing
 from encfs_js.errors import EncfsError, MountFailedError, StoreIoError
-from encfs_js.files import Files
-from encfs_js.format import Suite
 from encfs_js.fs import Operations
-from encfs_js.guard import Guard
 from encfs_js.mounts import tune
-from encfs_js.reserve import Reserve
-from encfs_js.sealed import FileKeys
-from encfs_js.tree import Tree
+from encfs_js.world import World, end_run, prepare, rekeyed, sync, use
 
 if TYPE_CHECKING:
-    from encfs_js.keyring import Keys
+    from encfs_js.reserve import Reserve
 
 log: Final = logging.getLogger("encfs_js")
 _BEAT: Final = 0.5
 _HOUSEKEEPING: Final = 5.0
 # Each may wait for a disk (a sync, a cold read) while the others go on; each has a buffer of 1 MiB.
 _TASKS: Final = 24
-
-
-@dataclass(slots=True)
-class World:
-    """The rooms of a mounted store, wired. reserve: None for a mount that is read-only."""
-
-    options: dict[str, Any]
-    keys: Keys
-    tree: Tree
-    file_keys: FileKeys
-    files: Files
-    reserve: Reserve | None
-    run: state.State
-
-
-def prepare(options: dict[str, Any], keys: Keys, io: Backing, *, resumed: bool) -> World:
-    """Open the store: begin a run, or go on with the one of a worker that died (resumed).
-
-    Raises EncfsError and OSError; a run that was begun then stays begun, and the next one looks at its files.
-    """
-    store, read_only = options["store"], options["read_only"]
-    tree = Tree(io, store, Guard(store), give_to_caller=os.geteuid() == 0)
-    redo_key = keys.derive(redo.INFO)
-    suite = Suite.from_name(options["cipher"]) if options["cipher"] else keys.settings.cipher
-    file_keys = FileKeys(keys.volume_key, suite, keys.settings.epoch)
-    run = state.load(store, keys)
-    reserve = None
-    if not read_only:
-        try:
-            reserve = Reserve(io, tree.meta_fd)
-        except OSError as exc:
-            if not resumed or exc.errno != errno.EROFS:
-                raise
-            log.error(
-                "%s: its file system has become read-only, and so does this mount, until it can be written again and"
-                " encfs-js reload is called",
-                store,
-            )
-            options["read_only"] = True
-    if reserve is not None:
-        if not resumed:
-            run = reserve.make_room_for(lambda: state.begin(store, keys, time.time_ns()))
-        for line in redo.recover(io, tree.root_fd, tree.meta_fd, redo_key):
-            log.warning("%s", line)
-    files = Files(
-        tree, file_keys, run, redo_key, reserve, lambda: datetime.now(UTC),
-        plaintext=keys.settings.plaintext == "read", writeback=options["writeback"],
-    )  # fmt: skip
-    if resumed:
-        revive.walk(tree)
-    log.info("%s opened, %s, epoch %d", store, suite.label, keys.settings.epoch)
-    return World(options, keys, tree, file_keys, files, reserve, run)
-
-
-def end_run(world: World) -> None:
-    """Note that all is on the disk and the run ended well."""
-    if world.reserve is not None:
-        last = replace(world.files.swept or world.run, clean=True)
-        world.reserve.make_room_for(lambda: state.save(world.options["store"], world.keys, last))
 
 
 # -- serving
@@ -121,7 +54,7 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
     unheard: list[journal.Entry] = []
     if resumed:
         requests, forgotten = resend.unanswered(fuse)
-        world.files.mend(notes.changing())
+        revive.mend(world.files, notes.changing())
         unheard = [noted for noted in notes.noted() if not any(noted.same_request(one) for one in requests)]
         notes.go_on(lambda noted: noted not in unheard and revive.done(world.tree, noted))
         for ino in forgotten:
@@ -155,13 +88,50 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
 
 
 async def _main(world: World, sock: socket.socket, operations: Operations, unheard: list[journal.Entry]) -> None:
+    background = Background(world.files, operations.gate, lambda said: wire.send(sock, {"is": "progress", **said}))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_beat, sock)
+        nursery.start_soon(_take_errands, world, sock, background, nursery)
         nursery.start_soon(_when_answered, operations, world.options["mountpoint"], unheard)
         if world.reserve is not None:
             nursery.start_soon(_keep_house, world, world.reserve)
         await pyfuse3.main(max_tasks=_TASKS)
+        await background.end()
         nursery.cancel_scope.cancel()
+
+
+async def _take_errands(world: World, sock: socket.socket, background: Background, nursery: trio.Nursery) -> None:
+    """Do what commands ask the supervisor for, and the supervisor us."""
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        packet = wire.receive(sock)
+        if packet is None:
+            return
+        order, _ = packet
+        if order["do"] == "rekey":
+            _rekey(world, sock)
+        elif order["do"] == "reencrypt":
+            nursery.start_soon(background.run, order["rate"])
+        elif order["do"] == "stop":
+            background.stop()
+
+
+def _rekey(world: World, sock: socket.socket) -> None:
+    """Take the keys of the keyring as it is now: the supervisor first, so that the next worker has what this one uses."""
+    try:
+        keys = rekeyed(world)
+        memory = keymemory.keep(keys)
+    except EncfsError as exc:
+        wire.send(sock, {"is": "rekeyed", "ok": False, "how": str(exc), **exc.as_json()})
+        return
+    except OSError as exc:
+        wire.send(sock, {"is": "rekeyed", "ok": False, "how": f"the keyring cannot be read: {exc.strerror}"})
+        return
+    try:
+        wire.send(sock, {"is": "rekeyed", "ok": True}, [memory])
+    finally:
+        os.close(memory)
+    use(world, keys)
 
 
 async def _beat(sock: socket.socket) -> None:
@@ -210,13 +180,6 @@ async def _keep_house(world: World, reserve: Reserve) -> None:
             log.warning("the reserve: %s", exc.strerror)
 
 
-def sync(world: World) -> None:
-    """Bring all that was written to the disk. Raises OSError."""
-    if world.reserve is not None and ctypes.CDLL(None, use_errno=True).syncfs(world.tree.root_fd):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
 # -- the process
 
 
@@ -232,7 +195,9 @@ def _obey(sock: socket.socket, fds: dict[str, int], options: dict[str, Any], io:
         if order["do"] == "prepare":
             resumed = order["resumed"]
             problem = hygiene.lock_memory()
-            world = prepare(options, keymemory.take(fds["keys"]), io, resumed=resumed)
+            keys = passed[0] if passed else fds["keys"]  # a supervisor from before reencrypt passes them at the start
+            world = prepare(options, keymemory.take(keys), io, resumed=resumed)
+            os.close(keys)
             if problem:
                 hygiene.lock_buffer(world.file_keys.buffer.sealed)
                 (log.debug if resumed else log.warning)("keys may reach the swap: memory cannot be locked: %s", problem)

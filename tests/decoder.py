@@ -208,12 +208,37 @@ class Unlocked:
     volume_keys: dict[int, bytes]
 
 
-def slot_secret(slot: Mapping[str, Any], key: bytes) -> bytes:
+def recovery_secret(code: bytes) -> bytes | None:
+    """The 20 bytes of a recovery code; None for what is none."""
+    digits = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    number = count = 0
+    for letter in code.decode("latin-1"):
+        if letter in "- \t\r\n":
+            continue
+        digit = digits.find({"O": "0", "I": "1", "L": "1"}.get(letter.upper(), letter.upper()))
+        if digit < 0 or not letter.isascii():
+            return None
+        number, count = number * 32 + digit, count + 1
+    if count != 35:
+        return None
+    secret, check = divmod(number, 2**15)
+    raw = secret.to_bytes(20, "big")
+    return raw if int.from_bytes(hashlib.sha256(raw).digest()[:2], "big") // 2 == check else None
+
+
+def slot_secret(slot: Mapping[str, Any], key: bytes) -> bytes | None:
+    """The slot secret; None where the key cannot be the one of such a slot."""
     kdf = slot["kdf"]
+    salt = base64.b64decode(kdf["salt"], validate=True)
+    if slot["kind"] != "key":
+        if kdf["name"] != "hkdf-sha256":
+            raise KeyringDamage
+        secret = recovery_secret(key) if slot["kind"] == "recovery" else key
+        return None if secret is None else hkdf(secret, b"encfs_js slot secret v1 " + slot["kind"].encode(), salt=salt)
     if kdf["name"] != "argon2id":
         raise KeyringDamage
     return Argon2id(
-        salt=base64.b64decode(kdf["salt"], validate=True),
+        salt=salt,
         length=32,
         iterations=kdf["iterations"],
         lanes=kdf["lanes"],
@@ -222,7 +247,7 @@ def slot_secret(slot: Mapping[str, Any], key: bytes) -> bytes:
 
 
 def unlock(document: bytes, key: bytes) -> Unlocked:
-    """Open a keyring with a key string."""
+    """Open a keyring with a key string, what a TPM gave, or a recovery code."""
     try:
         keyring = json.loads(document)
         if keyring["format"] != "encfs_js keyring":
@@ -231,11 +256,15 @@ def unlock(document: bytes, key: bytes) -> Unlocked:
             raise Version
         if hashlib.sha256(canonical(without(keyring, "checksum"))).hexdigest() != keyring["checksum"]:
             raise KeyringDamage
+        if keyring.get("last_epoch", 2**32) < max(epoch["epoch"] for epoch in keyring["epochs"]):
+            raise KeyringDamage
         store_id = bytes.fromhex(keyring["store_id"])
         for slot in keyring["slots"]:
-            if slot["kind"] != "key":
+            if slot["kind"] not in {"key", "tpm", "recovery"}:
                 continue
             secret = slot_secret(slot, key)
+            if secret is None:
+                continue
             check = hkdf(secret, b"encfs_js slot check v1", length=16)
             if hmac.compare_digest(check, base64.b64decode(slot["check"], validate=True)):
                 break

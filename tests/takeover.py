@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import faulty_mount
 import mounts
 
-from encfs_js import keyring
+from encfs_js import keyring, keystore
 from encfs_js.format import Suite
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def make_store(path: Path, *, plaintext: str = "refuse") -> Path:
     """A store whose key is found quickly."""
     path.mkdir(exist_ok=True)
     kdf = keyring.Kdf(1, 1, 64)
-    keyring.write(str(path), keyring.create(mounts.KEY.encode(), cipher=Suite.AES, plaintext=plaintext, kdf=kdf))
+    keystore.write(str(path), keyring.create(mounts.KEY.encode(), cipher=Suite.AES, plaintext=plaintext, kdf=kdf))
     return path
 
 

@@ -21,6 +21,7 @@ from encfs_js.format import Suite
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "encfs-js.yaml"
 SECRET = "s3cret-4711"
+TPM = "keys_file: /k, encryption_password: p"
 
 
 @pytest.fixture
@@ -78,8 +79,12 @@ def test_the_tpm_block_of_the_example_is_complete(load):
     block = re.search(r"^  # tpm:\n(  #   .*\n)+", text, re.MULTILINE)[0]
     live = re.sub(r"^  # ", "  ", block, flags=re.MULTILINE)
     assert set(yaml.safe_load(live)["tpm"]) == set(fields(config.Tpm))
-    with pytest.raises(ConfigError, match="not supported by this version yet"):
-        load(text.replace(block, live).replace("  key: $JS_KEY\n", ""))
+    found = load(text.replace(block, live).replace("  key: $JS_KEY\n", ""), TPM_PASSWORD="a", SRK_PASSWORD="b")
+    assert (found.jetstream.tpm.encryption_password, found.jetstream.tpm.srk_password) == ("a", "b")
+    assert found.jetstream.tpm.pcr == 22
+    for name in fields(config.Tpm):
+        assert getattr(found.jetstream.tpm, name) is not None
+        assert re.search(rf"\b{name}\b", text.replace(block, "")), f"{name} is not explained"
 
 
 # --- what is taken --------------------------------------------------------------------------------------------------
@@ -177,9 +182,72 @@ def test_a_key_that_yaml_does_not_read_as_text(load, text):
         assert load(f"jetstream:\n  key: '{text}'\n").jetstream.key == text
 
 
+# --- the TPM --------------------------------------------------------------------------------------------------------
+
+
+def tpm_of(load, text: str, **environ: str) -> config.Tpm:
+    return load(f"jetstream: {{tpm: {{keys_file: /k, {text}}}}}", **environ).jetstream.tpm
+
+
+def test_the_tpm_block_has_natss_defaults(load):
+    found = tpm_of(load, "encryption_password: p")
+    assert found == config.Tpm(keys_file="/k", encryption_password="p", srk_password="", pcr=22, cipher=None, tcti=None)
+    for pcr in range(17, 24):
+        assert tpm_of(load, f"encryption_password: p, pcr: {pcr}").pcr == pcr
+    assert tpm_of(load, "encryption_password: p, TCTI: 'swtpm:port=5'").tcti == "swtpm:port=5"
+    assert tpm_of(load, "encryption_password: ''").encryption_password == "", "it is meant so"
+
+
+def test_passwords_from_variables_are_taken_out_of_the_environment(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("jetstream: {tpm: {keys_file: /k, encryption_password: $ONE, srk_password: '$TWO'}}\n")
+    environ = {"ONE": "1234", "TWO": "two", "OTHER": "x"}
+    found = config.load(str(path), environ=environ).jetstream.tpm
+    assert (found.encryption_password, found.srk_password) == ("1234", "two")
+    assert environ == {"OTHER": "x"}
+
+
+@pytest.mark.parametrize("name", ["encryption_password", "srk_password"])
+def test_a_password_from_a_variable_that_is_missing_or_empty(load, name):
+    text = f"{name}: $MINE" + (", encryption_password: p" if name == "srk_password" else "")
+    with pytest.raises(ConfigError, match=rf"\.tpm\.{name}: the environment variable MINE is not set"):
+        tpm_of(load, text)
+    with pytest.raises(KeyMissingError, match=rf"\.tpm\.{name}: the environment variable MINE is empty"):
+        tpm_of(load, text, MINE="")
+
+
+@pytest.mark.parametrize("name", ["encryption_password", "srk_password"])
+def test_a_password_without_a_value(load, name):
+    with pytest.raises(ConfigError, match=rf"\.tpm\.{name}: has no value"):
+        tpm_of(load, f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "suite"),
+    [
+        ("", "", None),
+        ("aes", "", Suite.AES),
+        ("", "aes", Suite.AES),
+        ("AES", "aes", Suite.AES),
+        ("chacha", "ChaChaPoly", Suite.CHACHAPOLY),
+    ],
+)
+def test_a_cipher_in_either_block(load, outer, inner, suite):
+    outer, inner = f"cipher: {outer}, " if outer else "", f", cipher: {inner}" if inner else ""
+    found = load(f"jetstream: {{{outer}tpm: {{{TPM}{inner}}}}}").jetstream
+    assert found.cipher is suite
+
+
+def test_who_needs_no_key_gets_no_password(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("jetstream: {tpm: {keys_file: /k, encryption_password: $ONE, srk_password: s3cret, cipher: aes}}\n")
+    found = config.load(str(path), environ={}, with_key=False).jetstream
+    assert found.tpm == config.Tpm(keys_file="/k", encryption_password="", cipher=Suite.AES)
+    assert found.cipher is Suite.AES
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
-TPM = "keys_file: /k, encryption_password: p"
 REFUSED = [
     # (text, the message, a word of the hint)
     ("jetstream: {chiper: aes}", r"$.jetstream.chiper: unknown", "Did you mean cipher?"),
@@ -225,12 +293,25 @@ REFUSED = [
     ("jetstream:\n  key: a\n  cipher: aes\n  key: b", r"line 4, column 3: not valid YAML: the same name twice", ""),
     (f"jetstream: {{tpm: {{{TPM}}}, key: x}}", r"$.jetstream: key and tpm exclude each other", ""),
     (f"jetstream: {{tpm: {{{TPM}}}, ek: ''}}", r"$.jetstream: key and tpm exclude each other", ""),
-    (f"jetstream: {{tpm: {{{TPM}}}}}", r"$.jetstream.tpm: not supported by this version yet", "--credential"),
-    (f"jetstream: {{tpm: {{{TPM}, pcr: 16, cipher: AES}}}}", r"$.jetstream.tpm: not supported by this version", ""),
-    (f"jetstream: {{tpm: {{{TPM}, pcr: '16'}}}}", r"$.jetstream.tpm.pcr: must be a number from 0 to 23", ""),
-    (f"jetstream: {{tpm: {{{TPM}, pcr: 24}}}}", r"$.jetstream.tpm.pcr: must be a number from 0 to 23", ""),
+    (f"jetstream: {{tpm: {{{TPM}, pcr: '17'}}}}", r"$.jetstream.tpm.pcr: must be a number from 17 to 23", ""),
+    (f"jetstream: {{tpm: {{{TPM}, pcr: true}}}}", r"$.jetstream.tpm.pcr: must be a number from 17 to 23", ""),
+    (f"jetstream: {{tpm: {{{TPM}, pcr: 0}}}}", r"$.jetstream.tpm.pcr: must be a number from 17 to 23", ""),
+    (f"jetstream: {{tpm: {{{TPM}, pcr: 16}}}}", r"$.jetstream.tpm.pcr: must be a number from 17 to 23", ""),
+    (f"jetstream: {{tpm: {{{TPM}, pcr: 24}}}}", r"$.jetstream.tpm.pcr: must be a number from 17 to 23", ""),
+    (f"jetstream: {{tpm: {{{TPM}, tcti: ''}}}}", r"$.jetstream.tpm.tcti: must be text", ""),
+    (f"jetstream: {{tpm: {{{TPM}, tcti: 1}}}}", r"$.jetstream.tpm.tcti: must be text", ""),
+    (
+        f"jetstream: {{cipher: aes, tpm: {{{TPM}, cipher: chacha}}}}",
+        r"$.jetstream.cipher and $.jetstream.tpm.cipher",
+        "",
+    ),
     (f"jetstream: {{tpm: {{{TPM}, cipher: des}}}}", r"$.jetstream.tpm.cipher: must be chacha", ""),
-    (f"jetstream: {{tpm: {{{TPM}, srk_password: 1}}}}", r"$.jetstream.tpm.srk_password: must be text", ""),
+    (
+        f"jetstream: {{tpm: {{{TPM}, srk_password: 1}}}}",
+        r"$.jetstream.tpm.srk_password: YAML reads it",
+        'srk_password: "..."',
+    ),
+    ("jetstream: {tpm: {keys_file: /k, encryption_password: 1}}", r"$.jetstream.tpm.encryption_password: YAML", ""),
     ("jetstream: {tpm: {keys_file: /k}}", r"$.jetstream.tpm.encryption_password: is missing", ""),
     ("jetstream: {tpm: {encryption_password: p}}", r"$.jetstream.tpm.keys_file: is missing", ""),
     ("--- {}\n--- {}", "not valid YAML", ""),
@@ -322,7 +403,7 @@ def test_a_file_that_cannot_be_read(tmp_path, name, says):
         f"writeback: {SECRET}",
         f"mountpoint: [{SECRET}]",
         f"jetstream: {{tpm: {{keys_file: /k, encryption_password: {SECRET}, pcr: x}}}}",
-        f"jetstream: {{tpm: {{keys_file: /k, encryption_password: {SECRET}}}}}",
+        f"jetstream: {{tpm: {{keys_file: /k, encryption_password: p, srk_password: {SECRET}, pcr: 1}}}}",
         f"jetstream: {{key: {SECRET}, key: {SECRET}}}",
         f"jetstream: {{key: {SECRET}, nothing: 1}}",
         f"{SECRET}\n- x",
@@ -347,7 +428,18 @@ def test_a_configuration_shows_no_secret(load):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o604, 0o644, 0o400])
-@pytest.mark.parametrize("text", [f"jetstream: {{key: {SECRET}}}", "jetstream: {key: $VAR}", "mountpoint: /m"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"jetstream: {{key: {SECRET}}}",
+        "jetstream: {key: $VAR}",
+        "mountpoint: /m",
+        f"jetstream: {{tpm: {{keys_file: /k, encryption_password: {SECRET}}}}}",
+        f"jetstream: {{tpm: {{keys_file: /k, encryption_password: $VAR, srk_password: {SECRET}}}}}",
+        "jetstream: {tpm: {keys_file: /k, encryption_password: $VAR}}",
+        "jetstream: {tpm: {keys_file: /k, encryption_password: ''}}",
+    ],
+)
 def test_a_file_with_a_key_that_others_can_read_is_warned_of(load, tmp_path, caplog, mode, text):
     load(text, mode, VAR=SECRET)
     if SECRET in text and mode & 0o044:

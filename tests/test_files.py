@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from encfs_js import guard, keyring, redo, state, sweep, times
+from encfs_js import guard, keyring, keystore, redo, state, sweep, times
 from encfs_js.backing import Backing
 from encfs_js.errors import IntegrityError, StoreIoError
 from encfs_js.files import Files
@@ -38,8 +38,8 @@ class Store:
         if not (path / ".encfs_js").exists():
             kdf = keyring.Kdf(1, 1, 64)
             mode = "read" if plaintext else "refuse"
-            keyring.write(self.path, keyring.create(KEY, cipher=Suite.AES, plaintext=mode, kdf=kdf))
-        self.keys = keyring.unlock(keyring.load(self.path)[0], KEY)
+            keystore.write(self.path, keyring.create(KEY, cipher=Suite.AES, plaintext=mode, kdf=kdf))
+        self.keys = keyring.unlock(keystore.load(self.path)[0], KEY)
         self.tree = Tree(io, self.path, Guard(self.path), give_to_caller=False)
         run = state.State(clean=False, began=0, windows=windows)
         self.redo_key = self.keys.derive(redo.INFO)

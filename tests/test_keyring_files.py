@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from encfs_js import keydocument, keyring
+from encfs_js import keydocument, keyring, keystore
 from encfs_js.backing import META, Backing
 from encfs_js.errors import KeyringDamagedError, NotAStoreError, StoreIoError, VersionError, WrongKeyError
 from encfs_js.format import Suite
@@ -54,31 +54,31 @@ def put(store: Path, main: bytes | None, spare: bytes | None) -> str:
 def test_write_and_load(tmp_path):
     old = os.umask(0)
     try:
-        keyring.write(str(tmp_path), DOCUMENT)
+        keystore.write(str(tmp_path), DOCUMENT)
     finally:
         os.umask(old)
-    assert keyring.load(str(tmp_path)) == (keyring.parse(DOCUMENT), "")
+    assert keystore.load(str(tmp_path)) == (keyring.parse(DOCUMENT), "")
     meta = tmp_path / META
     assert stat.S_IMODE(meta.stat().st_mode) == 0o700
     assert sorted(os.listdir(meta)) == ["keyring", "keyring.bak"]
     for path in meta.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.read_bytes() == DOCUMENT
-    keyring.write(str(tmp_path), OTHER)
-    assert keyring.load(str(tmp_path)) == (keyring.parse(OTHER), "")
+    keystore.write(str(tmp_path), OTHER)
+    assert keystore.load(str(tmp_path)) == (keyring.parse(OTHER), "")
 
 
 @pytest.mark.parametrize("how", ["file", "symlink", "longer"])
 def test_what_a_crash_staged_is_replaced(tmp_path, how):
     put(tmp_path, DOCUMENT, DOCUMENT)
-    staged, victim = tmp_path / META / keyring.STAGED, tmp_path / "victim"
+    staged, victim = tmp_path / META / keystore.STAGED, tmp_path / "victim"
     victim.write_bytes(b"untouched")
     if how == "symlink":
         staged.symlink_to(victim)
     else:
         staged.write_bytes(b"x" * (10 if how == "file" else 100_000))
-    keyring.write(str(tmp_path), OTHER)
-    assert keyring.load(str(tmp_path)) == (keyring.parse(OTHER), "")
+    keystore.write(str(tmp_path), OTHER)
+    assert keystore.load(str(tmp_path)) == (keyring.parse(OTHER), "")
     assert victim.read_bytes() == b"untouched"
     assert not os.path.lexists(staged)
 
@@ -88,7 +88,7 @@ def test_no_store(tmp_path):
     (tmp_path / "empty" / META).mkdir(parents=True)
     for name in ("file", "empty", "missing", "."):
         with pytest.raises(NotAStoreError) as caught:
-            keyring.load(str(tmp_path / name))
+            keystore.load(str(tmp_path / name))
         assert "encfs-js init" in caught.value.hint
 
 
@@ -98,7 +98,7 @@ BAD = [b"", DOCUMENT[:500], bytes(1000), DOCUMENT.replace(b"refuse", b"read"), b
 @pytest.mark.parametrize("bad", [None, *BAD], ids=lambda bad: "missing" if bad is None else f"{len(bad)} bytes")
 def test_a_damaged_keyring_is_read_from_its_copy(tmp_path, bad):
     store = put(tmp_path, bad, DOCUMENT)
-    found, warning = keyring.load(store)
+    found, warning = keystore.load(store)
     assert found == keyring.parse(DOCUMENT)
     path = f"{store}/{META}/keyring"
     assert warning.startswith(path)
@@ -106,13 +106,13 @@ def test_a_damaged_keyring_is_read_from_its_copy(tmp_path, bad):
     assert "was read instead" in warning
     assert warning.endswith(command)
     subprocess.run(command.split(), check=True)
-    assert keyring.load(store) == (found, "")
+    assert keystore.load(store) == (found, "")
 
 
 @pytest.mark.parametrize(("spare", "says"), [(None, "missing"), (b"", "damaged"), (OTHER, "not the same")])
 def test_a_bad_copy_is_said_too(tmp_path, spare, says):
     store = put(tmp_path, DOCUMENT, spare)
-    found, warning = keyring.load(store)
+    found, warning = keystore.load(store)
     assert found == keyring.parse(DOCUMENT)
     assert says in warning
     assert warning.endswith(f"cp -p {store}/{META}/keyring {store}/{META}/keyring.bak")
@@ -123,7 +123,7 @@ def test_damage_of_both(tmp_path):
         store = tmp_path / str(number)
         store.mkdir()
         with pytest.raises(KeyringDamagedError) as caught:
-            keyring.load(put(store, main, spare))
+            keystore.load(put(store, main, spare))
         assert "backup" in caught.value.hint
         assert str(store / META / "keyring") in str(caught.value)
 
@@ -134,7 +134,7 @@ def test_a_later_version_is_not_taken_for_damage(tmp_path):
         store = tmp_path / str(number)
         store.mkdir()
         with pytest.raises(VersionError, match="version 2"):
-            keyring.load(put(store, main, spare))
+            keystore.load(put(store, main, spare))
 
 
 def test_what_is_no_file_is_damage_and_does_not_block(tmp_path):
@@ -148,7 +148,7 @@ def test_what_is_no_file_is_damage_and_does_not_block(tmp_path):
         store.mkdir()
         put(store, None, DOCUMENT)
         make(store / META / "keyring")
-        found, warning = keyring.load(str(store))
+        found, warning = keystore.load(str(store))
         assert found == keyring.parse(DOCUMENT)
         assert warning
 
@@ -201,13 +201,13 @@ def states(tmp_path):
         store.mkdir()
         if name != "fresh":
             put(store, main, spare)
-            (store / META / keyring.STAGED).write_bytes(b"from an earlier crash")
+            (store / META / keystore.STAGED).write_bytes(b"from an earlier crash")
         yield store, right
 
 
 def loaded(store) -> keyring.Keyring | None:
     try:
-        return keyring.load(str(store))[0]
+        return keystore.load(str(store))[0]
     except NotAStoreError:
         return None
 
@@ -220,7 +220,7 @@ def test_a_crash_at_any_call_leaves_a_loadable_keyring(tmp_path):
             shutil.copytree(store, work)
             backing = Failing(lambda b, _, last=last: len(b.calls) > last, Killed(), half)
             try:
-                keyring.write(str(work), OTHER, backing=backing)
+                keystore.write(str(work), OTHER, backing=backing)
             except Killed:
                 finished = False
             else:
@@ -231,8 +231,8 @@ def test_a_crash_at_any_call_leaves_a_loadable_keyring(tmp_path):
             if (work / META / "keyring.bak").exists() and (work / META / "keyring.bak").read_bytes() == OTHER:
                 assert (work / META / "keyring").read_bytes() == OTHER
             # The next write goes through, whatever the crash left.
-            keyring.write(str(work), DOCUMENT)
-            assert keyring.load(str(work)) == (keyring.parse(DOCUMENT), "")
+            keystore.write(str(work), DOCUMENT)
+            assert keystore.load(str(work)) == (keyring.parse(DOCUMENT), "")
             assert sorted(os.listdir(work / META)) == ["keyring", "keyring.bak"]
             shutil.rmtree(work)
             if finished:
@@ -253,7 +253,7 @@ def test_an_error_at_any_call_is_named_and_leaves_a_loadable_keyring(tmp_path, c
             backing = Failing(lambda b, name, nth=nth: name == call and b.calls.count(call) == nth, error, half=True)
             problem = None
             try:
-                keyring.write(str(work), OTHER, backing=backing)
+                keystore.write(str(work), OTHER, backing=backing)
             except StoreIoError as caught:
                 problem = caught
             assert (problem is not None) == (backing.calls.count(call) >= nth)
@@ -266,7 +266,7 @@ def test_an_error_at_any_call_is_named_and_leaves_a_loadable_keyring(tmp_path, c
             assert loaded(work) in right
             # A staged file of this write is removed, unless it is the removal that fails.
             if call in ("pwrite", "rename"):
-                assert keyring.STAGED not in os.listdir(work / META)
+                assert keystore.STAGED not in os.listdir(work / META)
             shutil.rmtree(work)
     assert failed >= (5 if call != "mkdir" else 1)
 
@@ -345,7 +345,7 @@ def test_a_power_cut_at_any_call_leaves_a_loadable_keyring(tmp_path):
             shutil.copytree(store, work)
             disk = Disk(work, last)
             try:
-                keyring.write(str(work), OTHER, backing=disk)
+                keystore.write(str(work), OTHER, backing=disk)
             except Killed:
                 finished = False
             else:
@@ -375,19 +375,19 @@ def test_killed_while_writing(tmp_path):
     """The real thing: SIGKILL at any moment of a process that does nothing but write."""
     script = """
 import sys
-from encfs_js import keyring
+from encfs_js import keystore
 store, documents = sys.argv[1], [open(name, "rb").read() for name in sys.argv[2:]]
 print("ready", flush=True)
 while True:
     for document in documents:
-        keyring.write(store, document)
+        keystore.write(store, document)
 """
     names = [tmp_path / "a", tmp_path / "b"]
     for name, document in zip(names, (DOCUMENT, OTHER), strict=True):
         name.write_bytes(document)
     store = tmp_path / "store"
     store.mkdir()
-    keyring.write(str(store), DOCUMENT)
+    keystore.write(str(store), DOCUMENT)
     right = (keyring.parse(DOCUMENT), keyring.parse(OTHER))
     chance = random.Random(20260102)
     for _ in range(12):
@@ -399,7 +399,7 @@ while True:
             finally:
                 child.send_signal(signal.SIGKILL)
             assert child.wait() == -signal.SIGKILL
-        found, _warning = keyring.load(str(store))
+        found, _warning = keystore.load(str(store))
         assert found in right
 
 
@@ -410,12 +410,12 @@ def test_a_keyring_that_cannot_be_read(tmp_path, code):
         lambda b, name: name == "preadv" and b.calls.count("preadv") == 1, OSError(code, os.strerror(code))
     )
     if code == 5:
-        found, warning = keyring.load(store, backing=backing)
+        found, warning = keystore.load(store, backing=backing)
         assert found == keyring.parse(DOCUMENT)
         assert "Input/output error" in warning
     else:
         with pytest.raises(StoreIoError, match="Permission denied"):
-            keyring.load(store, backing=backing)
+            keystore.load(store, backing=backing)
     assert not backing.opened
 
 
@@ -423,13 +423,13 @@ def test_write_to_what_is_no_directory(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for name in ("missing", "file"):
         with pytest.raises(StoreIoError) as caught:
-            keyring.write(str(tmp_path / name), DOCUMENT)
+            keystore.write(str(tmp_path / name), DOCUMENT)
         assert name in str(caught.value)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / META).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreIoError):
-        keyring.write(str(tmp_path / "store"), DOCUMENT)
+        keystore.write(str(tmp_path / "store"), DOCUMENT)
     assert not os.listdir(tmp_path / "elsewhere")
 
 
@@ -442,15 +442,15 @@ def test_unlock_store(tmp_path):
     ):
         store = tmp_path / str(number)
         store.mkdir()
-        found, keys, warning = keyring.unlock_store(put(store, main, spare), KEY)
+        found, keys, warning = keystore.unlock_store(put(store, main, spare), KEY)
         assert found == keyring.parse(DOCUMENT)
         assert keys.settings.plaintext == "refuse"
         assert warns in warning
         assert bool(warning) == bool(warns)
         with pytest.raises(WrongKeyError):
-            keyring.unlock_store(str(store), b"wrong")
+            keystore.unlock_store(str(store), b"wrong")
     for number, spare in enumerate([forged(), None, b"{"]):
         store = tmp_path / f"no {number}"
         store.mkdir()
         with pytest.raises(KeyringDamagedError):
-            keyring.unlock_store(put(store, forged(), spare), KEY)
+            keystore.unlock_store(put(store, forged(), spare), KEY)

@@ -11,13 +11,19 @@ import encfs_js
 
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
-    __init__ errors logs mounts hygiene wire notify control fusemount journal resend spawn succession supervisor
-    format backing keydocument keyring keysource config keymemory sealed crash redo state guard reserve
-    tree times opening files sweep revive pace reply fs session worker mount premount inspect verify
-    cli_text cli_key cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd cli_verify cli __main__
+    __init__ errors logs mounts hygiene wire notify control fusemount journal resend spawn errands succession supervisor
+    format backing steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
+    state guard tree reserve times opening files rewrite reencrypt sweep revive world gate pace reply fs background session worker
+    mount premount inspect verify cli_text cli_key cli_keys cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd
+    cli_verify cli_reencrypt cli __main__
 """.split()  # noqa: SIM905
-FUSE = {"fs", "pace", "reply", "session", "worker"}
-ONLY = {"pyfuse3": FUSE, "trio": FUSE, "click": {room for room in ROOMS if room.startswith("cli")}}
+FUSE = {"background", "fs", "gate", "pace", "reply", "session", "worker"}
+ONLY = {
+    "pyfuse3": FUSE,
+    "trio": FUSE,
+    "click": {room for room in ROOMS if room.startswith("cli")},
+    "tpm2_pytss": {"tpm"},
+}
 PACKAGE = os.path.dirname(encfs_js.__file__)
 FOUND = sorted(name.removesuffix(".py") for name in os.listdir(PACKAGE) if name.endswith(".py"))
 

@@ -20,7 +20,7 @@ from powercut import SCALE, SEED, failing, quick
 from powerstore import App, Settings, file_keys
 from recording import Recording
 
-from encfs_js import keyring
+from encfs_js import keyring, keystore
 from encfs_js.errors import NotAStoreError
 from encfs_js.format import Suite
 
@@ -261,7 +261,7 @@ def test_the_keyring_is_the_old_or_the_new_one(quick):
     written = []
     for document in documents:
         before = len(io.ops)
-        keyring.write(str(store), document, backing=io)
+        keystore.write(str(store), document, backing=io)
         written.append((before, len(io.ops)))
     disk = Disk(io.trace)
     states = set()
@@ -276,7 +276,7 @@ def test_the_keyring_is_the_old_or_the_new_one(quick):
             with tempfile.TemporaryDirectory(dir=quick) as path:
                 found.write_out(Path(path))
                 try:
-                    got, _ = keyring.load(path)
+                    got, _ = keystore.load(path)
                 except NotAStoreError:
                     got = None
             allowed = [keyring.parse(document) for document in documents[max(done - 1, 0) : begun]]

@@ -26,7 +26,7 @@ from powerstore import Recorded, Settings, Step, World
 from promise import start_of
 from recording import Resize, Sync, SyncBegin, Write
 
-from encfs_js import keyring, state
+from encfs_js import keyring, keystore, state
 from encfs_js.sealed import FileKeys
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def run(tmp_path_factory):
             server.restart()
             acked += publish(server, sink, 300, 30)
     trace, ends = recording.load(sink), recording.ends(sink)
-    _, keys, _ = keyring.unlock_store(str(store), mounts.KEY.encode())
+    _, keys, _ = keystore.unlock_store(str(store), mounts.KEY.encode())
     steps, start = steps_of(trace, {1: keys.volume_key(1)})
     settings = Settings(FileKeys(keys.volume_key, keys.settings.cipher, 1))
     done = [(ack, bisect_right(ends, ack.size)) for ack in acked]

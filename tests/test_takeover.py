@@ -23,7 +23,7 @@ import pytest
 import takeover
 from takeover import DATA, KILLED, Faulty, Load, fails, make_store, mount_again, outcome, sound, standby
 
-from encfs_js import keyring, state
+from encfs_js import keystore, state
 from encfs_js.backing import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def test_file_of_a_caller_that_died_is_sound(alone) -> None:
     """The rest of a write or a cut never comes: the file has to be whole all the same, whatever the clock says."""
     with alone("--no-writeback") as faulty:
         mount, store = faulty.mount, str(faulty.mount.store)
-        _, keys, _ = keyring.unlock_store(store, mounts.KEY.encode())
+        _, keys, _ = keystore.unlock_store(store, mounts.KEY.encode())
         hours_ahead = time.time_ns() + 5 * state.HOUR_NS
         for what, step, began in (
             ("write", {"bytes": 6 * 4096 + 100}, None),

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sealed_files import EDGES, PAGE, SUITES, Randomness, examples, text
 
-from encfs_js import crash, keyring
+from encfs_js import crash, keyring, keystore
 from encfs_js.backing import Backing
 from encfs_js.format import Suite
 from encfs_js.inspect import survey
@@ -52,8 +52,8 @@ class Store:
         top.mkdir(exist_ok=True)
         self.top = top
         document = keyring.create(b"key", cipher=cipher, plaintext=plaintext, kdf=CHEAP)
-        keyring.write(str(top), document)
-        self.keyring, self.keys, _ = keyring.unlock_store(str(top), b"key")
+        keystore.write(str(top), document)
+        self.keyring, self.keys, _ = keystore.unlock_store(str(top), b"key")
         self.random = Randomness()
 
     def file_keys(self, suite: Suite | None = None) -> FileKeys:

@@ -24,6 +24,7 @@ KEY = "correct horse battery staple"
 CHEAP = {"name": "argon2id", "iterations": 1, "lanes": 1, "memory_kib": 64}
 DEFAULT = {"name": "argon2id", "iterations": 3, "lanes": 4, "memory_kib": 65536}
 CREATED = "2026-01-02T03:04:05Z"
+DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 def fixed(name: str, length: int) -> bytes:
@@ -49,8 +50,35 @@ def hkdf(secret: bytes, info: str, length: int = 32) -> bytes:
     return hmac.digest(extracted, info.encode() + b"\x01", "sha256")[:length]
 
 
-def slot_secret(key: str, kdf: dict) -> bytes:
+def hkdf_salted(secret: bytes, salt: bytes, info: str) -> bytes:
+    return hmac.digest(hmac.digest(salt, secret, "sha256"), info.encode() + b"\x01", "sha256")
+
+
+def code_of(secret: bytes) -> str:
+    """The recovery code of 20 bytes."""
+    bits = "".join(f"{byte:08b}" for byte in secret) + "".join(f"{b:08b}" for b in hashlib.sha256(secret).digest())[:15]
+    digits = [DIGITS[int(bits[at : at + 5], 2)] for at in range(0, 175, 5)]
+    return "-".join("".join(digits[at : at + 5]) for at in range(0, 35, 5))
+
+
+def secret_of(code: str) -> bytes | None:
+    """The 20 bytes of a recovery code, or None for what is none."""
+    digits = ""
+    for letter in code:
+        if letter not in "- \t\r\n":
+            upper = letter.upper() if letter.isascii() else letter
+            digits += {"O": "0", "I": "1", "L": "1"}.get(upper, upper)
+    if len(digits) != 35 or any(digit not in DIGITS for digit in digits):
+        return None
+    secret = (sum(DIGITS.index(digit) << 5 * place for place, digit in enumerate(reversed(digits))) >> 15).to_bytes(20)
+    return secret if code_of(secret).replace("-", "") == digits else None
+
+
+def slot_secret(key: str, kdf: dict, kind: str = "key") -> bytes | None:
     salt = base64.b64decode(kdf["salt"])
+    if kind != "key":
+        secret = key.encode() if kind == "tpm" else secret_of(key)
+        return None if secret is None else hkdf_salted(secret, salt, f"encfs_js slot secret v1 {kind}")
     cost = {"iterations": kdf["iterations"], "lanes": kdf["lanes"], "memory_cost": kdf["memory_kib"]}
     return Argon2id(salt=salt, length=32, **cost).derive(key.encode())
 
@@ -74,6 +102,15 @@ def key_slot(number: int, suite: str, key: str = KEY, label: str = "", kdf: dict
     slot = {"id": number, "kind": "key", "label": label, "created": CREATED, "suite": suite}
     slot["kdf"] = kdf | {"salt": b64(fixed(f"salt {number}", 16))}
     secret = slot_secret(key, slot["kdf"])
+    slot["check"] = b64(hkdf(secret, "encfs_js slot check v1", 16))
+    return wrap_slot(slot, secret)
+
+
+def random_slot(number: int, kind: str, suite: str, key: str, label: str = "") -> dict:
+    """A slot whose secret is random."""
+    slot = {"id": number, "kind": kind, "label": label, "created": CREATED, "suite": suite}
+    slot["kdf"] = {"name": "hkdf-sha256", "salt": b64(fixed(f"salt {number}", 16))}
+    secret = slot_secret(key, slot["kdf"], kind)
     slot["check"] = b64(hkdf(secret, "encfs_js slot check v1", 16))
     return wrap_slot(slot, secret)
 
@@ -125,10 +162,10 @@ def decode(document: bytes, key: str) -> tuple[str, dict[int, bytes]]:
         return "damaged", {}
     store_id = bytes.fromhex(raw["store_id"])
     for slot in raw["slots"]:
-        if slot["kind"] != "key":
+        if slot["kind"] not in ("key", "tpm", "recovery"):
             continue
-        secret = slot_secret(key, slot["kdf"])
-        if hkdf(secret, "encfs_js slot check v1", 16) != base64.b64decode(slot["check"]):
+        secret = slot_secret(key, slot["kdf"], slot["kind"])
+        if secret is None or hkdf(secret, "encfs_js slot check v1", 16) != base64.b64decode(slot["check"]):
             continue
         try:
             wrapped = base64.b64decode(slot["wrapped"])
@@ -149,6 +186,10 @@ def decode(document: bytes, key: str) -> tuple[str, dict[int, bytes]]:
             return "damaged", {}
         return "success", keys
     return "wrong key", {}
+
+
+TPM = "SU" + base64.b32encode(fixed("tpm", 35)).decode()
+CODE = code_of(fixed("recovery 1", 20))
 
 
 # --- the vectors ----------------------------------------------------------------------------------------------------
@@ -192,8 +233,9 @@ def in_slot(**fields):
     """Change a slot and wrap it again, so that only the changed field itself is wrong."""
 
     def change(document: dict) -> None:
-        secret = slot_secret(KEY, document["slots"][0]["kdf"])
-        document["slots"][0] = wrap_slot(document["slots"][0] | fields, secret)
+        slot = document["slots"][0]
+        secret = slot_secret({"key": KEY, "tpm": TPM, "recovery": CODE}[slot["kind"]], slot["kdf"], slot["kind"])
+        document["slots"][0] = wrap_slot(slot | fields, secret)
 
     return change
 
@@ -229,8 +271,28 @@ def vectors() -> dict[str, dict]:
     whole = text(plain)
     two_epochs = keyring(epochs=[epoch_entry(1, "chachapoly"), epoch_entry(2, "aes")], epoch=2)
     two_slots = keyring(slots=[key_slot(1, "aes", "another key"), key_slot(2, "chachapoly", label="clé")])
-    other_kind = {"id": 2, "kind": "tpm", "label": "", "created": CREATED, "blob": {"deep": [1, "x", None]}}
+    other_kind = {"id": 2, "kind": "fido2", "label": "", "created": CREATED, "blob": {"deep": [1, "x", None]}}
     mixed = keyring(slots=[other_kind, key_slot(1, "chachapoly")])
+    tpm, paper = (
+        keyring(slots=[random_slot(1, "tpm", "aes", TPM)]),
+        keyring(slots=[random_slot(1, "recovery", "aes", CODE)]),
+    )
+    all_kinds = keyring(
+        slots=[
+            key_slot(1, "chachapoly"),
+            random_slot(2, "tpm", "chachapoly", TPM),
+            random_slot(7, "recovery", "aes", CODE, label="in the safe"),
+        ]
+    )
+    dropped = keyring(epochs=[epoch_entry(2, "aes"), epoch_entry(3, "aes")], epoch=2) | {"last_epoch": 9}
+    spaced = CODE.lower().replace("0", "o").replace("1", "l").replace("-", " ", 3)
+    assert {"o", "l"} <= set(spaced)
+    assert "1" in CODE
+    mistyped = CODE[:-1] + ("0" if CODE[-1] != "0" else "1")
+    costly = [
+        key_slot(number, "aes") | {"kdf": DEFAULT | {"iterations": 8, "memory_kib": 1 << 22, "salt": b64(bytes(16))}}
+        for number in range(2, 5)
+    ]
     swapped = copy.deepcopy(two_epochs)
     a, b = swapped["epochs"]
     a["wrapped"], b["wrapped"], b["suite"] = b["wrapped"], a["wrapped"], "chachapoly"
@@ -250,9 +312,41 @@ def vectors() -> dict[str, dict]:
         "unicode-key": success(
             "a key beyond ASCII", keyring(slots=[key_slot(1, "aes", "Schlüssel 🔑")]), "Schlüssel 🔑"
         ),
+        "tpm": success("what a TPM keeps", tpm, TPM),
+        "recovery": success("a recovery code as it is printed", paper, CODE),
+        "recovery-typed": success("lower case, o for 0, l for 1, blanks for hyphens", paper, spaced),
+        "recovery-bare": success(
+            "no hyphens, a line end, i for 1", paper, CODE.replace("-", "").replace("1", "i") + "\n"
+        ),
+        "all-kinds-key": success("a key string, beside slots of other kinds", all_kinds),
+        "all-kinds-tpm": success("what the TPM keeps, the same", all_kinds, TPM),
+        "all-kinds-recovery": success("a recovery code, the same", all_kinds, CODE),
+        "code-as-key": success(
+            "a key string that is a recovery code, too", keyring(slots=[key_slot(1, "aes", CODE)]), CODE
+        ),
+        "last-epoch": success("epochs that are there no more have had higher numbers", dropped),
+        "last-epoch-present": success("the field says what is there", keyring() | {"last_epoch": 1}),
         "plaintext-read": success("the other setting", keyring(plaintext="read")),
         "wrong-key-chachapoly": failure("wrong key", "another key", whole, KEY + "!"),
         "wrong-key-aes": failure("wrong key", "another key", with_checksum(with_mac(keyring("aes"))), "x"),
+        "wrong-key-tpm": failure("wrong key", "another secret", with_checksum(with_mac(tpm)), TPM[:-1] + "_"),
+        "wrong-key-tpm-recovery": failure(
+            "wrong key", "a TPM's secret is no code", with_checksum(with_mac(paper)), TPM
+        ),
+        "wrong-key-recovery-tpm": failure("wrong key", "a code is no TPM's secret", with_checksum(with_mac(tpm)), CODE),
+        "wrong-key-recovery-typo": failure("wrong key", "the last digit", with_checksum(with_mac(paper)), mistyped),
+        "wrong-key-recovery-short": failure(
+            "wrong key", "a digit is missing", with_checksum(with_mac(paper)), CODE[1:]
+        ),
+        "wrong-key-recovery-u": failure(
+            "wrong key", "U is no digit", with_checksum(with_mac(paper)), CODE.replace(CODE[0], "U")
+        ),
+        "wrong-key-code-case": failure(
+            "wrong key",
+            "case counts in a key string, also in one that is a code",
+            with_checksum(with_mac(keyring(slots=[key_slot(1, "aes", CODE)]))),
+            CODE.lower(),
+        ),
         "wrong-key-newline": failure("wrong key", "a newline belongs to the key", whole, KEY + "\n"),
         "wrong-key-normal-form": failure(
             "wrong key",
@@ -346,7 +440,7 @@ def vectors() -> dict[str, dict]:
         "slot-removed": ("removed without a key", forged(lambda d: d["slots"].pop(0), two_slots)),
         "slot-id-0": ("slots begin with 1", signed(in_slot(id=0))),
         "slot-kind-case": ("no kind", signed(in_slot(kind="Key"))),
-        "slot-kind-hidden": ("a slot made unknown", forged(at("slots", 0, "kind", to="tpm"), two_slots)),
+        "slot-kind-hidden": ("a slot made unknown", forged(at("slots", 0, "kind", to="fido2"), two_slots)),
         "slot-suite": ("an unknown suite", signed(at("slots", 0, "suite", to="xchacha"))),
         "slot-suite-other": ("not what it was wrapped with", forged(at("slots", 0, "suite", to="aes"))),
         "slot-label-forged": ("a label changed without a key", forged(at("slots", 0, "label", to="mine"))),
@@ -375,9 +469,28 @@ def vectors() -> dict[str, dict]:
         "kdf-lanes": ("too many", signed(in_kdf(lanes=256, memory_kib=4096))),
         "kdf-lanes-0": ("none", signed(in_kdf(lanes=0))),
         "kdf-lanes-text": ("a text", signed(in_kdf(lanes="1"))),
+        "kdf-work": (
+            "each slot is within its limits, all together are not",
+            with_checksum(with_mac(keyring(slots=[key_slot(1, "aes"), *costly]))),
+        ),
+        "kdf-of-tpm": ("hkdf-sha256 is not for key strings", signed(at("slots", 0, "kind", to="key"), tpm)),
+        "kdf-of-key": ("argon2id is not for a TPM's secret", signed(at("slots", 0, "kind", to="tpm"))),
+        "kdf-of-recovery": ("nor for a code", signed(at("slots", 0, "kind", to="recovery"))),
+        "unknown-field-hkdf": ("a field that hkdf-sha256 has not", signed(in_kdf(iterations=1), tpm)),
+        "hkdf-salt-short": ("15 bytes", signed(in_kdf(salt=b64(bytes(15))), paper)),
+        "unknown-field-recovery": ("a field that the slot has not", signed(in_slot(comment=""), paper)),
+        "recovery-label-forged": ("a label changed without a key", forged(at("slots", 0, "label", to="mine"), paper)),
+        "last-epoch-low": ("an epoch has a higher number", signed(at("last_epoch", to=2), dropped)),
+        "last-epoch-0": ("there is no such epoch", signed(at("last_epoch", to=0))),
+        "last-epoch-null": ("no number", signed(at("last_epoch", to=None))),
+        "last-epoch-forged": ("changed without a key", forged(at("last_epoch", to=3), dropped)),
         "kdf-salt-short": ("15 bytes", signed(in_kdf(salt=b64(bytes(15))))),
     }
-    return found | {f"damaged-{name}": failure("damaged", why, what) for name, (why, what) in damaged.items()}
+    keys = {"unknown-field-hkdf": TPM, "kdf-of-tpm": TPM, "hkdf-salt-short": CODE}
+    keys |= {"unknown-field-recovery": CODE, "recovery-label-forged": CODE}
+    return found | {
+        f"damaged-{name}": failure("damaged", why, what, keys.get(name, KEY)) for name, (why, what) in damaged.items()
+    }
 
 
 def render(vector: dict) -> bytes:
