@@ -60,7 +60,23 @@ def commands() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit code (errors.py lists them)."""
+    _take_standard_descriptors()
     sys.exit(run(arguments))
+
+
+def _take_standard_descriptors() -> None:
+    """Put /dev/null where the caller closed stdin, stdout or stderr.
+
+    A file of the store that got one of their numbers would get what a library prints.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  for the life of the process
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from encfs_js.errors import (
     StoreNotEmptyError,
     StoreUnsuitableError,
 )
-from encfs_js.format import MAGIC, Suite
+from encfs_js.format import MAGIC, Suite, check_available
 from encfs_js.inspect import open_file, walk
 from encfs_js.keydocument import COPY, NAME
 
@@ -56,10 +56,12 @@ def init(source: Source, store: str | None, cipher: Suite | None, plaintext: str
     chosen = cipher or config.jetstream.cipher or Suite.CHACHAPOLY
     policy = plaintext or config.plaintext or "refuse"
     _check_new(store, policy)
+    check_available(chosen, hint="Take the other one: --cipher aes")
     kind, key = source.first_key()
+    document = keyring.create(key, kind=kind, cipher=chosen, plaintext=policy)
     with _made(store):
         _check_new(store, policy)  # again, now that nobody else can
-        keystore.write(store, keyring.create(key, kind=kind, cipher=chosen, plaintext=policy))
+        keystore.write(store, document)
     print(f"{shown(store)} is a store now: new files are sealed with {chosen.label}, plaintext: {policy}.")
     if kind == "tpm":
         code = f"encfs-js key add {shlex.quote(store)} --config {shlex.quote(str(source.config_file))} --recovery"

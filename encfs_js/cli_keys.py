@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import stat
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -16,6 +17,7 @@ from encfs_js import control, keydocument, keyring, keystore, state
 from encfs_js.cli_key import ORDER, New, Source, key_options, new_options, unlock
 from encfs_js.cli_text import plural, shown
 from encfs_js.errors import (
+    CipherMissingError,
     KeyringDamagedError,
     SlotError,
     StoreBusyError,
@@ -86,6 +88,7 @@ def list_slots(store: str, as_json: bool) -> None:
 @new_options
 def add(source: Source, new: New, store: str | None, label: str | None, as_json: bool) -> None:
     """Add a key to STORE, beside those that it has."""
+    _check_shown(new)
     at = _opened(source.store(store), source, new)
     kind, secret = new.secret(source)
     number = _added(at, kind, secret, label)
@@ -124,6 +127,7 @@ def change(source: Source, new: New, store: str | None, slot: int | None, label:
 
     The key that was there opens STORE no more; the slot keeps its number. Put the new key where `mount` takes it from.
     """
+    _check_shown(new)
     at = _opened(source.store(store), source, new)
     number = at.keys.slot if slot is None else slot
     assert number is not None
@@ -239,6 +243,7 @@ def _changed(at: Opened, plan: Callable[[], Callable[[Keyring], bytes | None]]) 
         change = plan()
 
         def checked(found: Keyring, change: Callable[[Keyring], bytes | None] = change) -> bytes | None:
+            keyring.renew(found, at.keys)  # or slots that somebody else wrote would pass for those of another command
             if found.slots != at.keyring.slots:
                 raise _MovedError
             return change(found)
@@ -265,11 +270,25 @@ def _added(at: Opened, kind: str, secret: bytes, label: str | None) -> int:
 
 
 def _refuse_known(at: Opened, secret: bytes) -> None:
-    """Raise SlotError when the secret has a slot: of two with one key, one would be removed in vain."""
-    with contextlib.suppress(WrongKeyError):
+    """Raise SlotError when the secret has a slot: of two with one key, one would be removed in vain.
+
+    What the OpenSSL of this host cannot try counts as another one.
+    """
+    with contextlib.suppress(WrongKeyError, CipherMissingError):
         number = keyring.opened_by(at.keyring, secret)
         raise SlotError(
-            f"slot {number} has this key already", hint="Nothing was written. Make another one: openssl rand -base64 32"
+            f"slot {number} has this key already",
+            hint="Nothing was written. Give another one, or remove that slot first.",
+        )
+
+
+def _check_shown(new: New) -> None:
+    """Refuse to make a recovery code for /dev/null, which stands also where stdout was closed: printing it would not fail."""
+    out = os.fstat(1)
+    if new.recovery and stat.S_ISCHR(out.st_mode) and out.st_rdev == os.stat(os.devnull).st_rdev:
+        raise StoreIoError(
+            "the recovery code would be printed to /dev/null, and be known to nobody",
+            hint="Nothing was written. Repeat the command where its output can be read.",
         )
 
 

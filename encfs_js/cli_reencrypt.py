@@ -19,6 +19,7 @@ from encfs_js.backing import META, Backing
 from encfs_js.cli_key import ORDER, Source, SuiteType, key_options
 from encfs_js.cli_text import plural, size
 from encfs_js.errors import ConfigError, ReencryptError
+from encfs_js.format import check_available
 from encfs_js.reencrypt import Progress
 from encfs_js.reencrypt import reencrypt as all_files
 
@@ -64,7 +65,10 @@ def reencrypt(
     if stop:
         _ask(store, {"do": "stop"})
         return
+    if cipher is not None:
+        check_available(cipher)
     _, keys = source.unlock(store)
+    check_available(cipher or keys.settings.cipher)
     mount = _mount_of(store)
     if mount is not None:
         _check_mount(mount, cipher)

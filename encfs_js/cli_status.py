@@ -223,7 +223,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
         lines += [("", f"{shown(c['directory'])}: {shown(c['file'])} page {c['page']}") for c in facts["guard"]]
     if facts["reencrypt"]:
         done = facts["reencrypt"]
-        lines.append(("anew", f"{done['state']}, {done.get('files_done', 0)} of {plural(done.get('files', 0), 'file')}"))
+        lines.append(
+            ("anew", f"{done['state']}, {done.get('files_done', 0)} of {plural(done.get('files', 0), 'file')}")
+        )
     if facts["problem"]:
         lines.append(("problem", facts["problem"]))
     print(shown(facts["mountpoint"]))

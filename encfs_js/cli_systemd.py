@@ -76,7 +76,7 @@ def install(name: str | None, server: str, tpm: bool, root: str) -> None:
             ("nats-server.conf", f"/etc/systemd/system/{server}.d/encfs-js.conf", 0o644),
         ]
     if tpm:
-        files.append(("tpm.conf", f"/etc/systemd/system/encfs-js@{name}.service.d/tpm.conf", 0o644))
+        files.append(("tpm.conf", f"/etc/systemd/system/encfs-js@{name}.service.d/10-tpm.conf", 0o644))
     for source, target, mode in files:
         with open(os.path.join(_directory(), source), encoding="utf-8") as file:
             text = file.read().replace(_COMMAND, command)

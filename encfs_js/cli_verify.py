@@ -16,7 +16,7 @@ from encfs_js.backing import Backing
 from encfs_js.cli_key import ORDER, Source, key_options
 from encfs_js.cli_text import plural, shown, size
 from encfs_js.errors import DamageFoundError, StoreIoError
-from encfs_js.format import PAGE
+from encfs_js.format import PAGE, missing
 
 if TYPE_CHECKING:
     from encfs_js.keyring import Keys
@@ -55,6 +55,8 @@ def verify(source: Source, store: str | None, as_json: bool) -> None:
             hint="Restore those files from a backup of the store. A mount answers EIO for these pages and keeps "
             "nats-server from deleting the stream (see `encfs-js guard status`).",
         )
+    if report.refused is not None:
+        raise missing(report.refused)
     if report.unreadable:
         raise StoreIoError(
             f"{store}: {plural(len(report.unreadable), 'path')} could not be read; the rest is sound",

@@ -67,6 +67,11 @@ AEADS: Final[dict[Suite, type[Aead]]] = {Suite.CHACHAPOLY: ChaCha20Poly1305, Sui
 # What `cryptography` raises when OpenSSL is told to take FIPS algorithms only: the first where it looks for itself, the
 # other where OpenSSL finds none (no FIPS provider is loaded: then it has no algorithm at all).
 REFUSED: Final = (UnsupportedAlgorithm, InternalError)
+NO_PROVIDER: Final = "It refuses everything: is its FIPS provider loaded? See the file that OPENSSL_CONF names."
+_TAKE_AES: Final = (
+    "On another host take aes for the whole store, which may be mounted: encfs-js reencrypt STORE --new-epoch --cipher aes "
+    "--drop-epochs, then encfs-js key change STORE, for every slot."
+)
 
 
 def aead(suite: Suite, key: bytes) -> Aead:
@@ -99,13 +104,9 @@ def refused_suite(raw: bytes) -> Suite | None:
 
 def missing(suite: Suite, hint: str = "") -> CipherMissingError:
     """Make the error for a suite that the OpenSSL of this host refuses."""
-    if suite is Suite.AES:
-        hint = "Even AES is refused: is the FIPS provider loaded? See the file that OPENSSL_CONF names, and its providers."
     return CipherMissingError(
         f"the OpenSSL of this host refuses {suite.label} (FIPS): what is sealed with it cannot be read here",
-        hint=hint
-        or "On another host take aes for the whole store, which may be mounted: encfs-js reencrypt STORE --new-epoch "
-        "--cipher aes --drop-epochs, then encfs-js key change STORE (for every slot).",
+        hint=NO_PROVIDER if suite is Suite.AES else hint or _TAKE_AES,
     )
 
 

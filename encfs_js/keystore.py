@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STAGED: Final = "keyring.tmp"
 LOCK: Final = "keyring.lock"
 PATIENCE: Final = 10.0  # seconds that other changes of the keyring may take, each with one run of Argon2id in it
-_PAUSE: Final = 0.05
+_PAUSE: Final = 0.01
 
 
 def load(store: str, *, backing: Backing | None = None) -> tuple[Keyring, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from encfs_js import errors, keymemory, notify, state
 from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAStoreError, StoreUnsuitableError
+from encfs_js.format import check_available
 from encfs_js.mounts import FS_TYPE, find_store, mounts
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def mount(options: Options, keys: Keys, *, foreground: bool, worker: Sequence[st
     """
     check_store(options.store)
     check_mountpoint(options.store, options.mountpoint)
+    if not options.read_only:
+        check_available(options.cipher or keys.settings.cipher)
     options = replace(
         options,
         store=os.path.realpath(options.store),

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from encfs_js import recovery
 from encfs_js.errors import CipherMissingError, SlotError, StoreIoError
-from encfs_js.format import NONCE, REFUSED, Suite, aead
+from encfs_js.format import NO_PROVIDER, NONCE, REFUSED, Suite, aead
 from encfs_js.keydocument import KINDS, Kdf, b64, canonical, damaged
 
 if TYPE_CHECKING:
@@ -109,8 +109,11 @@ def _spread(kind: str, secret: bytes, salt: bytes) -> bytes:
 
 
 def hkdf(secret: bytes, info: bytes, length: int = 32, salt: bytes | None = None) -> bytes:
-    """Return HKDF-SHA-256."""
-    return HKDF(SHA256(), length, salt, info).derive(secret)
+    """Return HKDF-SHA-256. Raises CipherMissingError, only where OpenSSL refuses everything."""
+    try:
+        return HKDF(SHA256(), length, salt, info).derive(secret)
+    except REFUSED:
+        raise CipherMissingError("the OpenSSL of this host refuses HKDF-SHA-256 (FIPS)", hint=NO_PROVIDER) from None
 
 
 def wrap(suite: Suite, key: bytes, nonce: bytes, secret: bytes, bound: bytes) -> bytes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from encfs_js.backing import META
 from encfs_js.crash import pages_to_keep
-from encfs_js.format import MAGIC, PAGE, DamagedPageError, FileCipher, capacity, plain_size
+from encfs_js.format import MAGIC, PAGE, DamagedPageError, FileCipher, Suite, capacity, plain_size, refused_suite
 from encfs_js.inspect import open_file, walk
 from encfs_js.sealed import RUN_PAGES, FileKeys
 
@@ -56,7 +56,8 @@ class Report:
     files: all regular files, the `empty` and the plaintext ones included. suites, epochs: files by their header.
     crashed: (path, page) of files at whose end an unclean stop left a trace: from that page on nothing was ever
     synced. unfinished: files whose rewriting was interrupted; the next mount finishes it. unreadable: (path, why)
-    of what the operating system did not show.
+    of what the operating system did not show. refused: a suite that files have, and that the OpenSSL of this host refuses; they
+    are among the unreadable ones.
     """
 
     files: int = 0
@@ -71,6 +72,7 @@ class Report:
     crashed: list[tuple[bytes, int]] = field(default_factory=list)
     unfinished: list[bytes] = field(default_factory=list)
     unreadable: list[tuple[bytes, str]] = field(default_factory=list)
+    refused: Suite | None = None
 
 
 def verify(
@@ -118,7 +120,10 @@ def verify(
                 file = _File(io, fd, file_keys, sleep)
                 crashed = touched(status.st_ctime_ns) and file.is_ours()
                 report.files += 1
-                if settings.plaintext == "read" and file.is_plaintext() and not crashed:
+                if file.refused is not None:
+                    report.refused = file.refused
+                    report.unreadable.append((entry.path, f"the OpenSSL of this host refuses {file.refused.label}"))
+                elif settings.plaintext == "read" and file.is_plaintext() and not crashed:
                     report.plaintext_files += 1
                     report.plaintext_bytes += status.st_size
                 else:
@@ -213,6 +218,7 @@ class _File:
         self.whole, self.rest = divmod(self._io.fstat(self._fd).st_size, PAGE)
         self._start = self._page(0)
         self.cipher: FileCipher | None = self._keys.of(self._start)
+        self.refused = refused_suite(self._start) if self.cipher is None else None
 
     @property
     def pages(self) -> int:

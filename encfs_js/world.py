@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from encfs_js import keyring, keystore, redo, revive, state
 from encfs_js.files import Files
-from encfs_js.format import Suite
+from encfs_js.format import Suite, check_available
 from encfs_js.guard import Guard
 from encfs_js.reserve import Reserve
 from encfs_js.sealed import FileKeys
@@ -44,9 +44,11 @@ def prepare(options: dict[str, Any], keys: Keys, io: Backing, *, resumed: bool) 
     Raises EncfsError and OSError; a run that was begun then stays begun, and the next one looks at its files.
     """
     store, read_only = options["store"], options["read_only"]
+    suite = Suite.from_name(options["cipher"]) if options["cipher"] else keys.settings.cipher
+    if not read_only:
+        check_available(suite)
     tree = Tree(io, store, Guard(store), give_to_caller=os.geteuid() == 0)
     redo_key = keys.derive(redo.INFO)
-    suite = Suite.from_name(options["cipher"]) if options["cipher"] else keys.settings.cipher
     file_keys = FileKeys(keys.volume_key, suite, keys.settings.epoch)
     run = state.load(store, keys)
     reserve = None
@@ -91,7 +93,9 @@ def rekeyed(world: World) -> Keys:
     EncfsError.
     """
     found, _ = keystore.load(world.options["store"])
-    return keyring.keep_old(keyring.renew(found, world.keys), world.keys)
+    keys = keyring.renew(found, world.keys)
+    check_available(keys.settings.cipher)
+    return keyring.keep_old(keys, world.keys)
 
 
 def use(world: World, keys: Keys) -> None:

@@ -75,7 +75,7 @@ set_up() {
     # One set-up at a time: quickstart and tests may be started together.
     exec 9<"$root/pyproject.toml"
     flock 9
-    install_packages fuse3 libfuse3-dev pkg-config build-essential python3-venv python3-dev "$@"
+    install_packages fuse3 libfuse3-dev pkg-config build-essential python3-venv python3-dev libtss2-dev "$@"
     link_mtab
     make_venv
     exec 9<&-

@@ -4,7 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 . "$root/examples/setup.sh"
-set_up e2fsprogs
+set_up e2fsprogs swtpm
 
 cd "$root"
 ruff check .

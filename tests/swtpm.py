@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BINARY = shutil.which("swtpm") or ""
-PATIENCE = 30
-RESET = b"\xff" * 32  # PCRs 17 to 22 after a start
 os.environ.setdefault("TSS2_LOG", "all+NONE")
 
 
@@ -39,8 +37,8 @@ class Swtpm:
         state.mkdir(exist_ok=True)
         self.state = state
         self.process: subprocess.Popen[bytes] | None = None
-        while not self._start(two_ports()):
-            pass
+        if not any(self._start(two_ports()) for _ in range(20)):
+            raise AssertionError(f"swtpm does not start: {self.log()}")
 
     def _start(self, port: int) -> bool:
         """Start swtpm; False when somebody else has taken its ports meanwhile."""
@@ -56,15 +54,20 @@ class Swtpm:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + mounts.PATIENCE
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 return False
-            # Both are open before it answers on either.
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            with contextlib.suppress(ConnectionRefusedError):
+                for number in (port, port + 1):
+                    socket.create_connection(("127.0.0.1", number)).close()
                 return True
             time.sleep(0.005)
-        raise AssertionError("swtpm does not listen: " + (self.state / "log").read_text())
+        raise AssertionError(f"swtpm does not listen: {self.log()}")
+
+    def log(self) -> str:
+        path = self.state / "log"
+        return path.read_text() if path.exists() else "no log"
 
     def power_on(self) -> None:
         """Start it again, where its users look for it."""
@@ -73,7 +76,7 @@ class Swtpm:
     def pull_the_plug(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(mounts.PATIENCE)
 
     def shut_down(self) -> None:
         """Tell the TPM that the power goes, as a kernel does, and then take it away."""

@@ -95,6 +95,7 @@ class World:
 
     directory: Path
     process: subprocess.Popen[bytes]
+    cgroup: str  # its name, of which there is one on the host
     init: int = 0
 
     def enter(self, *command: str) -> list[str]:
@@ -149,7 +150,8 @@ class World:
         group = self.show(unit)["ControlGroup"]
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if Path("/proc", name, "cgroup").read_text().rstrip().endswith(group):
+                # Other worlds may run beside this one: their units have the same names.
+                if Path("/proc", name, "cgroup").read_text().rstrip().endswith(f"/{self.cgroup}{group}"):
                     found[int(name)] = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found if group else {}
 
@@ -194,7 +196,7 @@ def booted(directory: Path, binds: Mapping[Path, str], files: Mapping[str, str])
             stdout=console,
             stderr=console,
         )
-    world = World(directory, process)
+    world = World(directory, process, plan["cgroup"])
     try:
         mounts.until(lambda: _ready(world), "systemd boots")
         world.init = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])

@@ -325,7 +325,7 @@ def test_an_error_at_any_call_leaves_the_old_or_the_new(tmp_path, call):
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 ADDER = """
-import sys
+import sys, time
 from encfs_js import keyring, keystore
 store, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 _, keys, _ = keystore.unlock_store(store, b"correct horse battery staple")
@@ -335,6 +335,7 @@ for i in range(count):
     secret = b"%20d" % i + name.encode()
     keystore.update(store, lambda found: keyring.add_slot(found, keys, "tpm", secret, label=f"{name} {i}"))
     keystore.update(store, lambda found: keyring.add_epoch(found, keys))
+    time.sleep(0.01)  # lets the other one in, which looks for the lock as often
 """
 
 

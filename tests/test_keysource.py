@@ -46,6 +46,7 @@ def test_the_first_source_counts(tmp_path):
     sources = {
         "key_file": (path, b"from the file"),
         "credential": ("mine", b"from the credential"),
+        "tpm": (lambda: b"from the TPM", b"from the TPM"),
         "config_key": ("from the config", b"from the config"),
         "environ": ("from the environment", b"from the environment"),
         "prompt": (lambda: "from a person", b"from a person"),
@@ -69,7 +70,9 @@ def never() -> str:
     raise AssertionError("asked although a source was given")
 
 
-@pytest.mark.parametrize("source", ["key_file", "key_file_newline", "credential", "config_key", "environ", "prompt"])
+@pytest.mark.parametrize(
+    "source", ["key_file", "key_file_newline", "credential", "tpm", "config_key", "environ", "prompt"]
+)
 def test_set_but_empty_is_an_error_and_no_later_source_is_tried(tmp_path, source):
     (tmp_path / "empty").write_bytes(b"")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "JS_KEY": SECRET}
@@ -81,6 +84,8 @@ def test_set_but_empty_is_an_error_and_no_later_source_is_tried(tmp_path, source
             given["key_file"] = key_file(tmp_path, b"\n")
         case "credential":
             given["credential"] = "empty"
+        case "tpm":
+            given["tpm"] = bytes
         case "config_key":
             given["config_key"] = ""
         case "environ":
@@ -212,6 +217,17 @@ def test_what_is_no_text_is_refused_without_showing_it(tmp_path):
             keysource.find_key(**given, environ=environ)
         assert SECRET not in everything_about(caught.value)
         assert "JS_KEY" not in environ
+
+
+def test_what_a_tpm_keeps_need_not_be_text():
+    assert keysource.find_key(tpm=lambda: b"\xff\n", environ={}) == b"\xff\n"
+
+
+@pytest.mark.parametrize("key", [b"1234567", b"12345678", "ключ".encode()])
+def test_a_key_that_can_be_guessed_is_warned_of(caplog, key):
+    keysource.warn_of_weak(key)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * (len(key) < 8)
+    assert key.decode() not in caplog.text
 
 
 def test_no_child_process_gets_the_key(tmp_path):

@@ -60,7 +60,7 @@ def test_every_json_field_is_described() -> None:
     for transcript in (ROOT / "tests" / "cli").glob("*.txt"):
         text = transcript.read_text(encoding="utf-8")
         for output in re.findall(
-            r"^\$ (?:JS_KEY=k )?encfs-js [^\n|]*--json\n(.*?)(?=^\$ |\Z)", text, re.MULTILINE | re.DOTALL
+            r"^\$ (?:JS_KEY=\S+ )?encfs-js [^\n|]*--json\n(.*?)(?=^\$ |\Z)", text, re.MULTILINE | re.DOTALL
         ):
             shown |= fields(output)
     assert {"sound", "slots", "closed", "mounts", "cleared"} <= shown, "the transcripts show all five"

@@ -269,10 +269,12 @@ def test_exit_codes_that_prevent_a_restart_are_those_of_the_package() -> None:
     assert listed
     mended = (  # by whoever is in the way, by time, or never by us
         errors.StoreBusyError, errors.MountFailedError, errors.StoreIoError, errors.WorkersFailedError,
+        errors.TpmMissingError,
     )  # fmt: skip
     others = (  # of other commands than mount
         errors.StoreNotEmptyError, errors.StoreExistsError, errors.NotMountedError, errors.DamageFoundError,
         errors.MountBusyError, errors.GuardClosedError, errors.ReloadFailedError, errors.FormatError,
+        errors.SlotError, errors.ReencryptError,
     )  # fmt: skip
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.EncfsError)]
     expected = {kind.exit_code for kind in kinds if kind not in {errors.EncfsError, *mended, *others}}
@@ -314,7 +316,7 @@ def test_the_readme_and_the_command_say_the_same(tmp_path: Path) -> None:
     text = (UNITS / "README.md").read_text()
     said = mounts.run("systemd", "install", "orders", "--root", tmp_path).stdout.partition("Next:\n")[2]
     commands = [line.partition("   #")[0].strip() for line in said.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         assert f"    {command}\n" in text, command
     for name in os.listdir(UNITS):

@@ -50,14 +50,9 @@ if TYPE_CHECKING:
 
 PASSWORDS = "/etc/encfs-js/orders.env"
 KEYS_FILE = "/var/lib/encfs-js/orders.tpm"
-DROP_IN = f"/etc/systemd/system/{ENCFS}.d/tpm.conf"
+DROP_IN = f"/etc/systemd/system/{ENCFS}.d/10-tpm.conf"
 # The TPM of these tests is behind a loopback port, not a device.
 REACH = "[Service]\nPrivateNetwork=no\nRestrictAddressFamilies=AF_INET\nIPAddressAllow=localhost\n"
-FILES = {
-    "/etc/nats-server.conf": NATS_CONF,
-    # Nobody announces devices in the world: the unit waits in vain.
-    "/etc/systemd/system.conf.d/device.conf": "[Manager]\nDefaultDeviceTimeoutSec=200ms\n",
-}
 why_not = swtpm.needs_swtpm()
 
 
@@ -81,7 +76,7 @@ def booted(tmp_path_factory: pytest.TempPathFactory, chip: Swtpm) -> Iterator[Wo
     work.mkdir()
     work.chmod(0o777)
     binds = {work: WORK, Path(nats_world.BINARY): "/opt/nats-server"}
-    with systemd_world.booted(directory, binds, FILES) as world:
+    with systemd_world.booted(directory, binds, {"/etc/nats-server.conf": NATS_CONF}) as world:
         said = world.run("encfs-js", "systemd", "install", "orders", "--tpm").stdout
         text = world.path(CONFIG).read_text()
         keys_file = f"    keys_file: {KEYS_FILE}\n"
@@ -122,7 +117,7 @@ def test_install_puts_the_drop_in_where_it_belongs(tmp_path: Path) -> None:
 
     first = install("parts", "--tpm")
     assert first.count("written ") == 6
-    drop = (tmp_path / "etc/systemd/system/encfs-js@parts.service.d/tpm.conf").read_text()
+    drop = (tmp_path / "etc/systemd/system/encfs-js@parts.service.d/10-tpm.conf").read_text()
     assert "orders" not in drop
     starts = re.findall(r"^ExecStart=(.*)$", drop, re.MULTILINE)
     assert starts[0] == ""
@@ -354,9 +349,7 @@ def test_the_daemon_may_open_the_device_and_needs_what_the_drop_in_gives(world: 
 @marked
 def test_a_recovery_code_opens_what_the_tpm_does_not(world: World, chip: Swtpm) -> None:
     """Another mainboard: the code from when the store was made mounts it."""
-    code = world.run(
-        "sh", "-e", "-c", f"set -a; . {PASSWORDS}; encfs-js key add --config {CONFIG} --recovery"
-    ).stdout
+    code = world.run("sh", "-e", "-c", f"set -a; . {PASSWORDS}; encfs-js key add --config {CONFIG} --recovery").stdout
     found = re.search(r"\b(?:[0-9A-Z]{4,8}-){3,}[0-9A-Z]+\b", code)
     assert found, code
     wrong_password(world)

@@ -588,6 +588,31 @@ def test_two_that_make_it_at_the_same_time_get_the_same_key(options: config.Tpm)
     assert keys == [tpm.unseal(options)] * 2
 
 
+@with_tpm
+def test_a_file_that_was_found_is_on_the_disk_before_a_store_relies_on_it(options: config.Tpm) -> None:
+    """Who made it may have died between the rename and the last fsync."""
+
+    class Counting(Backing):
+        count = 0
+
+        @staticmethod
+        def fsync(fd: int) -> None:
+            Counting.count += 1
+            os.fsync(fd)
+
+    class Failing(Backing):
+        @staticmethod
+        def fsync(_: int) -> None:
+            raise OSError(5, os.strerror(5))
+
+    key = tpm.make(options)
+    assert tpm.make(options, backing=Counting()) == key
+    assert Counting.count == 2, "the file and its directory"
+    with pytest.raises(errors.TpmFileError, match="not safely on the disk"):
+        tpm.make(options, backing=Failing())
+    assert tpm.unseal(options, backing=Failing()) == key
+
+
 # --- no TPM -----------------------------------------------------------------------------------------------------------
 
 
