@@ -175,9 +175,8 @@ def test_the_tpm_opens_the_store(world: World, chip: Swtpm) -> None:
     secret = world.path(PASSWORDS).read_text().strip().partition("=")[2].encode()
     assert len(secret) > 40
     uid = world.run("id", "-u", "encfs-js").stdout.strip()
-    processes = world.processes(ENCFS)
-    assert len(processes) == 3, processes
-    for pid in processes:
+    mounts.until(lambda: len(world.processes(ENCFS)) == 3, "supervisor, worker and standby")
+    for pid in world.processes(ENCFS):
         environ = Path(f"/proc/{pid}/environ").read_bytes()
         assert b"STATE_DIRECTORY=" in environ
         assert secret not in environ
