@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from encfs_js import inspect as inspection
 from encfs_js import keystore, state
 from encfs_js.backing import Backing
 from encfs_js.cli_text import plural, shown, size
+from encfs_js.keydocument import Kdf, Pbkdf2
 
 if TYPE_CHECKING:
     from encfs_js.inspect import Survey
@@ -53,8 +55,8 @@ def _inspected(opened: Keyring, survey: Survey, holder: dict[str, object] | None
                 "kind": s.kind,
                 "label": s.label,
                 "created": s.created,
-                "argon2id": s.kdf
-                and {"iterations": s.kdf.iterations, "lanes": s.kdf.lanes, "memory_kib": s.kdf.memory_kib},
+                "argon2id": asdict(s.kdf) if isinstance(s.kdf, Kdf) else None,
+                **({"pbkdf2": asdict(s.kdf)} if isinstance(s.kdf, Pbkdf2) else {}),
             }
             for s in opened.slots
         ],
@@ -86,8 +88,11 @@ def _print_keyring(store: str, opened: Keyring, warning: str, holder: dict[str, 
     for epoch in opened.epochs:
         print(f"  epoch {epoch.epoch}: made {epoch.created}")
     for slot in opened.slots:
-        kdf = slot.kdf
-        cost = f", argon2id {kdf.iterations} x {kdf.memory_kib // 1024} MiB x {kdf.lanes}" if kdf else ""
+        kdf, cost = slot.kdf, ""
+        if isinstance(kdf, Kdf):
+            cost = f", argon2id {kdf.iterations} x {kdf.memory_kib // 1024} MiB x {kdf.lanes}"
+        elif kdf is not None:
+            cost = f", pbkdf2 {kdf.iterations}"
         label = f" {slot.label!r}" if slot.label else ""
         print(f"  slot {slot.id}: {slot.kind}{label}, made {slot.created}{cost}")
     if holder is not None:

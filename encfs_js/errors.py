@@ -191,7 +191,7 @@ class SlotError(EncfsError):
 
 
 class CipherMissingError(EncfsError):
-    """The OpenSSL of this host refuses the cipher (FIPS)."""
+    """The OpenSSL of this host refuses the cipher, or Argon2id (FIPS)."""
 
     exit_code = 37
 

@@ -33,6 +33,7 @@ MAX_EPOCHS: Final = 4096  # of which one has about 230 bytes in the document
 MAX_ITERATIONS: Final = 1000
 MAX_LANES: Final = 255
 MAX_MEMORY_KIB: Final = 4 << 20  # 4 GiB
+MAX_PBKDF2: Final = 20_000_000  # iterations of all slots together: 7 s
 MAX_WORK_KIB: Final = 64 << 20  # iterations times memory of all slots together: a wrong key is tried on each
 
 _LAYOUT = ("format", "version", "store_id", "settings", "epochs", "last_epoch", "slots", "mac", "checksum")
@@ -59,6 +60,13 @@ class Kdf:
 
 
 @dataclass(frozen=True, slots=True)
+class Pbkdf2:
+    """The cost of PBKDF2-HMAC-SHA-256, for slots that a host makes whose OpenSSL refuses Argon2id (FIPS): 0.4 s."""
+
+    iterations: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
 class Epoch:
     """One wrapped volume key. `created` is RFC 3339 UTC."""
 
@@ -80,7 +88,7 @@ class Slot:
     label: str
     created: str
     suite: Suite | None = None
-    kdf: Kdf | None = None
+    kdf: Kdf | Pbkdf2 | None = None
     salt: bytes = field(default=b"", repr=False)
     check: bytes = field(default=b"", repr=False)
     wrapped: bytes = field(default=b"", repr=False)
@@ -119,11 +127,15 @@ _Wrapped = Annotated[bytes, msgspec.Meta(min_length=_WRAPPED, max_length=_WRAPPE
 _SuiteName = Literal["chachapoly", "aes"]
 
 
-class _KdfShape(msgspec.Struct, forbid_unknown_fields=True):
-    name: Literal["argon2id"]
+class _KdfShape(msgspec.Struct, forbid_unknown_fields=True, tag_field="name", tag="argon2id"):
     iterations: Annotated[int, msgspec.Meta(ge=1, le=MAX_ITERATIONS)]
     lanes: Annotated[int, msgspec.Meta(ge=1, le=MAX_LANES)]
     memory_kib: Annotated[int, msgspec.Meta(ge=8, le=MAX_MEMORY_KIB)]
+    salt: _Bytes16
+
+
+class _Pbkdf2Shape(msgspec.Struct, forbid_unknown_fields=True, tag_field="name", tag="pbkdf2-hmac-sha256"):
+    iterations: Annotated[int, msgspec.Meta(ge=1000, le=MAX_PBKDF2)]
     salt: _Bytes16
 
 
@@ -136,7 +148,7 @@ class _SlotShape(msgspec.Struct):
 
 class _KeySlotShape(_SlotShape, forbid_unknown_fields=True):
     suite: _SuiteName
-    kdf: _KdfShape
+    kdf: _KdfShape | _Pbkdf2Shape
     check: _Bytes16
     wrapped: _Wrapped
 
@@ -213,7 +225,9 @@ def parse(document: bytes) -> Keyring:
     last = max(numbers) if isinstance(shape.last_epoch, msgspec.UnsetType) else shape.last_epoch
     if last < max(numbers):
         raise damaged("there is an epoch behind the last one")
-    if sum(slot.kdf.iterations * slot.kdf.memory_kib for slot in slots if slot.kdf) > MAX_WORK_KIB:
+    work = sum(slot.kdf.iterations * slot.kdf.memory_kib for slot in slots if isinstance(slot.kdf, Kdf))
+    rounds = sum(slot.kdf.iterations for slot in slots if isinstance(slot.kdf, Pbkdf2))
+    if work > MAX_WORK_KIB or rounds > MAX_PBKDF2:
         raise damaged("trying a key on all of its slots would take too long")
     del unsummed["mac"]
     return Keyring(
@@ -237,8 +251,10 @@ def _parse_slot(raw: dict[str, Any]) -> Slot:
         return Slot(shape.id, shape.kind, shape.label, shape.created)
     full: _KeySlotShape | _RandomSlotShape
     full = msgspec.convert(raw, _KeySlotShape) if shape.kind == "key" else msgspec.convert(raw, _RandomSlotShape)
-    kdf = None
-    if isinstance(full.kdf, _KdfShape):
+    kdf: Kdf | Pbkdf2 | None = None
+    if isinstance(full.kdf, _Pbkdf2Shape):
+        kdf = Pbkdf2(full.kdf.iterations)
+    elif isinstance(full.kdf, _KdfShape):
         kdf = Kdf(full.kdf.iterations, full.kdf.lanes, full.kdf.memory_kib)
         if kdf.memory_kib < 8 * kdf.lanes:
             raise msgspec.ValidationError("a slot has less than 8 KiB of memory a lane")

@@ -15,7 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from encfs_js import recovery, slots
-from encfs_js.errors import KeyringDamagedError, ReencryptError, SlotError, VersionError, WrongKeyError
+from encfs_js.errors import (
+    KeyringDamagedError,
+    ReencryptError,
+    SlotError,
+    VersionError,
+    WrongKeyError,
+)
 from encfs_js.format import NONCE, Suite
 from encfs_js.keydocument import (
     FORMAT,
@@ -25,6 +31,7 @@ from encfs_js.keydocument import (
     VERSION,
     Kdf,
     Keyring,
+    Pbkdf2,
     Settings,
     b64,
     damaged,
@@ -97,7 +104,7 @@ def create(
     label: str = "",
     now: Callable[[], dt.datetime] = _utc_now,
     random: Callable[[int], bytes] = os.urandom,
-    kdf: Kdf | None = None,
+    kdf: Kdf | Pbkdf2 | None = None,
 ) -> bytes:
     """Make the document of a new keyring with one volume key (epoch 1) and one slot.
 
@@ -162,10 +169,9 @@ def _opened(keyring: Keyring, key: bytes) -> tuple[int, bytes]:
     if not key:
         raise ValueError("an empty key")
     known = [slot for slot in keyring.slots if slot.is_known]
-    for slot in sorted(known, key=lambda slot: slot.kdf is not None):  # those that cost nothing first
-        keyring_key = slots.open_one(slot, keyring.store_id, key)
-        if keyring_key is not None:
-            return slot.id, keyring_key
+    found = slots.open_any(known, keyring.store_id, key)
+    if found is not None:
+        return found
     if not known:
         kinds = ", ".join(sorted({slot.kind for slot in keyring.slots}))
         raise VersionError(
@@ -236,7 +242,7 @@ def add_slot(
     label: str = "",
     now: Callable[[], dt.datetime] = _utc_now,
     random: Callable[[int], bytes] = os.urandom,
-    kdf: Kdf | None = None,
+    kdf: Kdf | Pbkdf2 | None = None,
 ) -> bytes:
     """Add a slot, at the end, with the next number; `secret` as slots.make has it. Raises SlotError when there are too many."""
     document = _document(keyring, keys)
@@ -260,7 +266,7 @@ def replace_slot(
     label: str | None = None,
     now: Callable[[], dt.datetime] = _utc_now,
     random: Callable[[int], bytes] = os.urandom,
-    kdf: Kdf | None = None,
+    kdf: Kdf | Pbkdf2 | None = None,
 ) -> bytes:
     """Put another secret into a slot, which keeps its number, and its label unless one is given. Raises SlotError."""
     document = _document(keyring, keys)
@@ -361,7 +367,7 @@ def _document(keyring: Keyring, keys: Keys) -> dict[str, Any]:
 
 def _slot(
     keyring: Keyring, keys: Keys, kind: str, secret: bytes, number: int, label: str,
-    now: Callable[[], dt.datetime], random: Callable[[int], bytes], kdf: Kdf | None,
+    now: Callable[[], dt.datetime], random: Callable[[int], bytes], kdf: Kdf | Pbkdf2 | None,
 ) -> dict[str, Any]:  # fmt: skip
     return slots.make(
         keyring.store_id, keys.secrets()[0], kind, secret,

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import hmac
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
 from encfs_js import recovery
 from encfs_js.errors import CipherMissingError, SlotError, StoreIoError
 from encfs_js.format import NO_PROVIDER, NONCE, REFUSED, Suite, aead
-from encfs_js.keydocument import KINDS, Kdf, b64, canonical, damaged
+from encfs_js.keydocument import KINDS, Kdf, Pbkdf2, b64, canonical, damaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from encfs_js.keydocument import Slot
 
 _CHECK_INFO = b"encfs_js slot check v1"
 _WRAP_INFO = b"encfs_js slot wrap v1"
 _SECRET_INFO = b"encfs_js slot secret v1 "
+_NAMES = {Kdf: "argon2id", Pbkdf2: "pbkdf2-hmac-sha256"}
 
 
 def make(
@@ -36,10 +39,11 @@ def make(
     label: str,
     created: str,
     random: Callable[[int], bytes],
-    kdf: Kdf | None = None,
+    kdf: Kdf | Pbkdf2 | None = None,
 ) -> dict[str, Any]:
     """Return a slot of a keyring's document.
 
+    kdf: how a key string is stretched: Argon2id, and PBKDF2 where the OpenSSL of this host refuses that.
     secret: for `key` the key string, for `tpm` what the TPM keeps, for `recovery` the code.
     Raises ValueError for an empty secret, a code that is none and an unknown kind, SlotError for what a TPM keeps and may be
     guessed, StoreIoError when Argon2id does not get its memory.
@@ -54,9 +58,8 @@ def make(
     salt = random(16)
     slot: dict[str, Any] = {"id": number, "kind": kind, "label": label, "created": created, "suite": suite.label}
     if kind == "key":
-        kdf = kdf or Kdf()
-        cost = {"iterations": kdf.iterations, "lanes": kdf.lanes, "memory_kib": kdf.memory_kib}
-        slot["kdf"] = {"name": "argon2id", **cost, "salt": b64(salt)}
+        kdf = kdf or _best_kdf()
+        slot["kdf"] = {"name": _NAMES[type(kdf)], **asdict(kdf), "salt": b64(salt)}
         derived = _stretched(secret, kdf, salt)
     else:
         slot["kdf"] = {"name": "hkdf-sha256", "salt": b64(salt)}
@@ -66,6 +69,25 @@ def make(
         wrap(suite, hkdf(derived, _WRAP_INFO), random(NONCE), keyring_key, store_id + canonical(slot))
     )
     return slot
+
+
+def open_any(slots: Iterable[Slot], store_id: bytes, secret: bytes) -> tuple[int, bytes] | None:
+    """Return the number of the slot that the secret opens and the keyring key; None if it opens none.
+
+    Raises what `open_one` does, but CipherMissingError only when no other slot opens.
+    """
+    refused: list[CipherMissingError] = []
+    for slot in sorted(slots, key=lambda slot: slot.kdf is not None):  # those that cost nothing first
+        try:
+            keyring_key = open_one(slot, store_id, secret)
+        except CipherMissingError as problem:
+            refused.append(problem)
+            continue
+        if keyring_key is not None:
+            return slot.id, keyring_key
+    if refused:
+        raise refused[0]
+    return None
 
 
 def open_one(slot: Slot, store_id: bytes, secret: bytes) -> bytes | None:
@@ -82,8 +104,18 @@ def open_one(slot: Slot, store_id: bytes, secret: bytes) -> bytes | None:
     return unwrap(slot.suite, hkdf(derived, _WRAP_INFO), slot.wrapped, store_id + slot.bound, f"slot {slot.id}")
 
 
-def _stretched(secret: bytes, kdf: Kdf, salt: bytes) -> bytes:
+def _best_kdf() -> Kdf | Pbkdf2:
+    try:
+        Argon2id(salt=bytes(16), length=32, iterations=1, lanes=1, memory_cost=8)
+    except REFUSED:
+        return Pbkdf2()
+    return Kdf()
+
+
+def _stretched(secret: bytes, kdf: Kdf | Pbkdf2, salt: bytes) -> bytes:
     """Return the slot secret of a key string, which a person may have chosen."""
+    if isinstance(kdf, Pbkdf2):
+        return PBKDF2HMAC(SHA256(), 32, salt, kdf.iterations).derive(secret)
     try:
         return Argon2id(
             salt=salt, length=32, iterations=kdf.iterations, lanes=kdf.lanes, memory_cost=kdf.memory_kib
@@ -95,9 +127,9 @@ def _stretched(secret: bytes, kdf: Kdf, salt: bytes) -> bytes:
         ) from None
     except REFUSED:
         raise CipherMissingError(
-            "the OpenSSL of this host refuses Argon2id (FIPS), which a key string needs",
-            hint="A TPM and recovery codes do without. On another host: encfs-js key add STORE --recovery; the code opens the "
-            "store here, in a key file or typed. Nothing was written.",
+            "the OpenSSL of this host refuses Argon2id (FIPS), with which the store's key was stretched where it was made",
+            hint="Recovery codes do without: on another host, encfs-js key add STORE --recovery. It opens the store here, in a "
+            "key file or typed; encfs-js key add then makes key slots that need no Argon2id. Nothing was written.",
         ) from None
 
 

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from encfs_js import tpmfile
 from encfs_js.backing import Backing
 from encfs_js.errors import (
+    CipherMissingError,
     EncfsError,
     TpmFileError,
     TpmLockedError,
@@ -34,6 +35,7 @@ from encfs_js.errors import (
     TpmPasswordError,
     TpmPcrError,
 )
+from encfs_js.format import REFUSED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -162,9 +164,7 @@ def _unseal(sealed: Sealed, options: Tpm) -> bytes:
         # The TPM counts wrong passwords, and locks after some (dictionary attack protection). Once the key was used, a loss of
         # power counts as one, too, unless the TPM was told before: the kernel does that when it shuts down. noDA in the
         # object would do away with both, and a password that a person can remember needs the first.
-        known = {
-            _AUTH_FAIL: lambda: _wrong_password(chip, path),
-            _BAD_AUTH: lambda: _wrong_password(chip, path),
+        known = dict.fromkeys((_AUTH_FAIL, _BAD_AUTH), lambda: _wrong_password(chip, path)) | {
             _LOCKOUT: lambda: _locked(chip, path),
             _POLICY_FAIL: lambda: _wrong_pcr(path, f"PCR {options.pcr} is not what it was"),
             _PCR_CHANGED: lambda: _wrong_pcr(path, f"PCR {options.pcr} has changed just now"),
@@ -236,13 +236,14 @@ def _storage_root(chip: _Chip, options: Tpm, salt: bytes | None) -> tuple[Any, b
     """
     unique = bytes(_UNIQUE)
     if salt is not None:
-        unique = Scrypt(salt=salt, length=_UNIQUE, **_SCRYPT).derive(_bytes(options.srk_password))
+        try:
+            unique = Scrypt(salt=salt, length=_UNIQUE, **_SCRYPT).derive(_bytes(options.srk_password))
+        except REFUSED:
+            reason = "the OpenSSL of this host refuses scrypt (FIPS), which srk_password needs"
+            raise CipherMissingError(reason, hint=f"Leave it out, for a new keys_file. {_OTHERWISE}") from None
     public = _area(chip.lib, _SRK + struct.pack(">H", _UNIQUE) + unique)
-    known = {
-        _AUTH_FAIL: lambda: _owned("has a password"),
-        _BAD_AUTH: lambda: _owned("has a password"),
-        _HIERARCHY: lambda: _owned("is turned off"),
-    }
+    known = dict.fromkeys((_AUTH_FAIL, _BAD_AUTH), lambda: _owned("has a password"))
+    known[_HIERARCHY] = lambda: _owned("is turned off")
     with _refusals(chip.lib, known):
         handle, *_ = chip.esys.create_primary(chip.lib.TPM2B_SENSITIVE_CREATE(), public, chip.lib.ESYS_TR.OWNER)
     chip.opened.callback(_flush, chip, handle)

@@ -152,7 +152,10 @@ async def _when_answered(operations: Operations, mountpoint: str, unheard: list[
     for entry in unheard:
         for parent, name in ((entry.parent, entry.name), (entry.new_parent, entry.new_name)):
             if name:
-                pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+                # In a thread: it waits for requests that are under way in that directory. What the kernel does not know it
+                # need not forget.
+                with contextlib.suppress(OSError):
+                    await trio.to_thread.run_sync(pyfuse3.invalidate_entry, parent, name, abandon_on_cancel=True)
 
 
 async def _keep_house(world: World, reserve: Reserve) -> None:

@@ -235,6 +235,8 @@ def slot_secret(slot: Mapping[str, Any], key: bytes) -> bytes | None:
             raise KeyringDamage
         secret = recovery_secret(key) if slot["kind"] == "recovery" else key
         return None if secret is None else hkdf(secret, b"encfs_js slot secret v1 " + slot["kind"].encode(), salt=salt)
+    if kdf["name"] == "pbkdf2-hmac-sha256":
+        return hashlib.pbkdf2_hmac("sha256", key, salt, kdf["iterations"])
     if kdf["name"] != "argon2id":
         raise KeyringDamage
     return Argon2id(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import fips_host
 import mounts
 import pytest
+import swtpm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,23 +144,49 @@ def test_the_hint_makes_the_store_one_that_opens(tmp_path: Path, fips) -> None:
 # --- Argon2id -----------------------------------------------------------------------------------------------------
 
 
-def test_a_key_string_is_refused_and_nothing_is_written(tmp_path: Path, fips) -> None:
-    store, other, key_file = tmp_path / "store", tmp_path / "other", tmp_path / "key"
+def test_a_slot_with_argon2id_is_refused_by_name(tmp_path: Path, fips) -> None:
+    store = tmp_path / "store"
     mounts.init(store, cipher="aes")
     code = add_code(store)
-    key_file.touch(0o600)
-    key_file.write_text("another key string")
     before = mounts.snapshot(tmp_path)
     with fips():
-        for done in (
-            mounts.run("init", other, "--cipher", "aes", code=37),
-            mounts.run("verify", store, code=37),
-            mounts.run("key", "add", store, "--new-key-file", key_file, key=code, code=37),
-        ):
-            hint = refused(done, "the OpenSSL of this host refuses Argon2id (FIPS), which a key string needs")
+        for key in (mounts.KEY, "another key"):
+            hint = refused(
+                mounts.run("verify", store, key=key, code=37), "the OpenSSL of this host refuses Argon2id (FIPS)"
+            )
             assert "encfs-js key add STORE --recovery" in hint
         mounts.verify(store, key=code)
     assert mounts.snapshot(tmp_path) == before
+
+
+def test_key_strings_do_without_argon2id_where_it_is_refused(tmp_path: Path, fips) -> None:
+    """PBKDF2 takes its place; a host that has Argon2id opens those slots as well, and makes its own with Argon2id."""
+    store, new_key = tmp_path / "store", tmp_path / "key"
+    new_key.touch(0o600)
+    new_key.write_text("another key string")
+
+    def costs() -> list[tuple[bool, int | None]]:
+        slots = json.loads(mounts.run("inspect", store, "--json", key=None).stdout)["slots"]
+        return [(slot["argon2id"] is not None, slot.get("pbkdf2", {}).get("iterations")) for slot in slots]
+
+    with fips():
+        mounts.init(store, cipher="aes")
+        assert costs() == [(False, 1_000_000)]
+        assert "pbkdf2 1000000" in mounts.run("inspect", store, key=None).stdout
+        mounts.verify(store)
+        mounts.run("verify", store, key="a wrong key", code=12)
+    mounts.verify(store)
+    mounts.run("key", "add", store, "--new-key-file", new_key)
+    assert costs() == [(False, 1_000_000), (True, None)]
+    with fips():
+        mounts.verify(store)
+        refused(
+            mounts.run("verify", store, key="another key string", code=37), "the OpenSSL of this host refuses Argon2id"
+        )
+        mounts.run("key", "change", store, "--slot", "2", "--new-key-file", new_key)
+        assert costs() == [(False, 1_000_000), (False, 1_000_000)]
+        mounts.verify(store, key="another key string")
+    mounts.verify(store, key="another key string")
 
 
 # --- aes ----------------------------------------------------------------------------------------------------------
@@ -170,8 +197,9 @@ def test_a_key_string_is_refused_and_nothing_is_written(tmp_path: Path, fips) ->
 def test_aes_works(tmp_path: Path, fips) -> None:
     """Mount, verify, reencrypt and slots on the host that refuses; another host reads the same."""
     store, mountpoint = tmp_path / "store", tmp_path / "mnt"
-    mounts.init(store, cipher="aes")
-    code = add_code(store)
+    with fips():
+        mounts.init(store, cipher="aes")
+    code = mounts.KEY
     made = {"large": LARGE, "small": SMALL, "empty": b""}
     with fips(), mounts.mounted(store, mountpoint, key=code) as mount:
         for name, data in made.items():
@@ -189,6 +217,36 @@ def test_aes_works(tmp_path: Path, fips) -> None:
     with mounts.mounted(store, mountpoint) as mount:
         assert mounts.contents(mount.path) == made | {"later": SMALL}
     assert mounts.verify(store)["sound"]
+
+
+@pytest.mark.mount
+@needs_fuse
+def test_a_store_is_made_on_that_host(tmp_path: Path, fips) -> None:
+    """With a TPM, whose secret needs no Argon2id: init, a recovery code, mount and verify, and another host reads the same."""
+    if reason := swtpm.needs_swtpm():
+        pytest.skip(reason)
+    store, mountpoint, keys_file, file = (tmp_path / name for name in ("store", "mnt", "keys", "encfs-js.yaml"))
+    with swtpm.running(tmp_path / "tpm") as chip:
+        file.touch(0o600)
+        file.write_text(
+            f"jetstream:\n  tpm:\n    keys_file: {keys_file}\n    encryption_password: open\n    tcti: {chip.tcti}\n"
+        )
+        options = ("--config", str(file))
+        with fips():
+            assert "--cipher aes" in refused(mounts.run("init", store, *options, key=None, code=37))
+            assert not store.exists()
+            assert not keys_file.exists(), "a key was made for a store that was refused"
+            mounts.run("init", store, *options, "--cipher", "aes", key=None)
+            done = mounts.run("key", "add", store, *options, "--recovery", "--json", key=None)
+            code = json.loads(done.stdout)["recovery_code"]
+            with mounts.mounted(store, mountpoint, *options) as mount:
+                (mount.path / "file").write_bytes(LARGE)
+            mounts.run("verify", store, *options, key=None)
+        with mounts.mounted(store, mountpoint, *options) as mount:
+            assert (mount.path / "file").read_bytes() == LARGE
+    with fips():
+        assert mounts.verify(store, key=code)["suites"] == {"aes": 1}
+    assert mounts.verify(store, key=code)["suites"] == {"aes": 1}
 
 
 # --- an aes store with chachapoly files in it -----------------------------------------------------------------------
@@ -363,7 +421,18 @@ def test_without_a_provider_all_is_refused_by_name(tmp_path: Path, monkeypatch: 
     store = tmp_path / "store"
     mounts.init(store, cipher="aes")
     code = add_code(store)
-    for name, value in fips_host.build_empty(tmp_path / "host").items():
+    there = fips_host.build_empty(tmp_path / "host")
+    # Of HKDF and ChaCha20-Poly1305 `cryptography` knows that they are missing; AES it tries, and fails otherwise.
+    program = """
+from encfs_js import errors, format
+for suite in format.Suite:
+    try:
+        format.aead(suite, bytes(32))
+    except errors.CipherMissingError as problem:
+        print(suite.label, problem.exit_code)
+"""
+    assert fips_host.says(there, program) == "chachapoly 37\naes 37\n"
+    for name, value in there.items():
         monkeypatch.setenv(name, value)
     before = mounts.snapshot(tmp_path)
     for done in (

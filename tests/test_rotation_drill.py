@@ -95,7 +95,9 @@ def test_rotation_under_load(tmp_path: Path) -> None:
             file.write_text(key)
     with (
         three_mounts(tmp_path, keys) as served,
-        world.cluster([mount.path for mount in served.values()], tmp_path / "work") as nodes,
+        # Every message goes to the daemon at once, so files change while they are sealed anew. By itself the kernel hands
+        # over what was written so rarely that nothing met: a daemon that lost such changes passed.
+        world.cluster([mount.path for mount in served.values()], tmp_path / "work", sync="always") as nodes,
     ):
         record = world.fill(nodes, MARKER)
         pids = [node.process.pid for node in nodes if node.process is not None]
@@ -172,7 +174,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 
 @sets_nothing_up
-@pytest.mark.parametrize("sign", ["$ encfs-js mount", "The clients are", "$ encfs-js reencrypt"])
+@pytest.mark.parametrize("sign", ["$ encfs-js mount", "$ encfs-js reencrypt"])
 def test_the_example_cleans_up_after_ctrl_c(tmp_path: Path, sign: str) -> None:
     process = start_example(tmp_path)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import mounts
@@ -11,7 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from encfs_js import state, worker
+from encfs_js import journal, state, worker
+from encfs_js.journal import Entry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,6 +70,26 @@ def test_housekeeping_goes_on_after_an_error(caplog: pytest.LogCaptureFixture) -
         "the reserve: No space left on device",
         "the reserve: No space left on device",
     ]
+
+
+def test_what_the_kernel_does_not_know_it_need_not_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that nobody has any more, or whose number is a file's now, is no reason to stop serving."""
+    asked = []
+
+    def refused(parent: int, name: bytes) -> None:
+        asked.append((parent, name))
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    async def main() -> None:
+        operations = SimpleNamespace(answered=trio.Event())
+        operations.answered.set()
+        await worker._when_answered(operations, "/nowhere", unheard)
+
+    unheard = [Entry(journal.RENAME, 7, b"old", 8, b"new"), Entry(journal.MKDIR, 9, b"made")]
+    monkeypatch.setattr(worker.pyfuse3, "invalidate_entry", refused)
+    monkeypatch.setattr(worker, "tune", lambda _mountpoint: None)
+    trio.run(main)
+    assert asked == [(7, b"old"), (8, b"new"), (9, b"made")]
 
 
 @pytest.mark.root

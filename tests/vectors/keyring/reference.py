@@ -23,6 +23,7 @@ AEAD = {"chachapoly": ChaCha20Poly1305, "aes": AESGCM}
 KEY = "correct horse battery staple"
 CHEAP = {"name": "argon2id", "iterations": 1, "lanes": 1, "memory_kib": 64}
 DEFAULT = {"name": "argon2id", "iterations": 3, "lanes": 4, "memory_kib": 65536}
+PBKDF2 = {"name": "pbkdf2-hmac-sha256", "iterations": 1000}
 CREATED = "2026-01-02T03:04:05Z"
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
@@ -79,6 +80,8 @@ def slot_secret(key: str, kdf: dict, kind: str = "key") -> bytes | None:
     if kind != "key":
         secret = key.encode() if kind == "tpm" else secret_of(key)
         return None if secret is None else hkdf_salted(secret, salt, f"encfs_js slot secret v1 {kind}")
+    if kdf["name"] == "pbkdf2-hmac-sha256":
+        return hashlib.pbkdf2_hmac("sha256", key.encode(), salt, kdf["iterations"])
     cost = {"iterations": kdf["iterations"], "lanes": kdf["lanes"], "memory_cost": kdf["memory_kib"]}
     return Argon2id(salt=salt, length=32, **cost).derive(key.encode())
 
@@ -289,6 +292,8 @@ def vectors() -> dict[str, dict]:
     assert {"o", "l"} <= set(spaced)
     assert "1" in CODE
     mistyped = CODE[:-1] + ("0" if CODE[-1] != "0" else "1")
+    pbkdf2 = keyring(slots=[key_slot(1, "aes", kdf=PBKDF2)])
+    rounds = [key_slot(n, "aes") | {"kdf": PBKDF2 | {"iterations": 10_000_001, "salt": b64(bytes(16))}} for n in (1, 2)]
     costly = [
         key_slot(number, "aes") | {"kdf": DEFAULT | {"iterations": 8, "memory_kib": 1 << 22, "salt": b64(bytes(16))}}
         for number in range(2, 5)
@@ -301,6 +306,10 @@ def vectors() -> dict[str, dict]:
         "chachapoly": success("one slot, one epoch", keyring()),
         "aes": success("the other suite", keyring("aes")),
         "default-cost": success("the cost that init takes", keyring(slots=[key_slot(1, "aes", kdf=DEFAULT)])),
+        "pbkdf2": success("a key slot of a host that has no Argon2id", keyring(slots=[key_slot(1, "aes", kdf=PBKDF2)])),
+        "pbkdf2-beside": success(
+            "beside one with Argon2id", keyring(slots=[key_slot(1, "aes", "other"), key_slot(2, "aes", kdf=PBKDF2)])
+        ),
         "second-slot": success("the key opens the second of two slots; a label beyond ASCII", two_slots),
         "two-epochs": success("two epochs, one suite each", two_epochs),
         "unknown-kind-beside": success("a slot of a kind that this version does not know is passed over", mixed),
@@ -473,6 +482,13 @@ def vectors() -> dict[str, dict]:
             "each slot is within its limits, all together are not",
             with_checksum(with_mac(keyring(slots=[key_slot(1, "aes"), *costly]))),
         ),
+        "kdf-pbkdf2-cheap": ("999 rounds", signed(in_kdf(iterations=999), pbkdf2)),
+        "kdf-pbkdf2-costly": ("more than 20,000,000 rounds", signed(in_kdf(iterations=20_000_001), pbkdf2)),
+        "kdf-pbkdf2-work": (
+            "each is within its limit, all together are not",
+            with_checksum(with_mac(keyring(slots=rounds))),
+        ),
+        "kdf-pbkdf2-memory": ("a field that PBKDF2 has not", signed(in_kdf(memory_kib=64), pbkdf2)),
         "kdf-of-tpm": ("hkdf-sha256 is not for key strings", signed(at("slots", 0, "kind", to="key"), tpm)),
         "kdf-of-key": ("argon2id is not for a TPM's secret", signed(at("slots", 0, "kind", to="tpm"))),
         "kdf-of-recovery": ("nor for a code", signed(at("slots", 0, "kind", to="recovery"))),
