@@ -421,6 +421,34 @@ def test_reload_is_not_noticed(world: World) -> None:
     assert nats.read("RELOAD") == payloads
 
 
+def test_key_and_epoch_are_changed_by_root_and_the_daemon_goes_on(world: World) -> None:
+    """The daemon is another user, in a sandbox: what root writes must be readable there, also after a restart."""
+    nats, payloads = serving(world, "ROTATE")
+    server, daemon = pid_of(world, NATS), pid_of(world, ENCFS)
+    another = "/etc/credstore/encfs-js.orders.another"
+    world.write(another, "another key\n", 0o600)
+    with publishing(nats, "ROTATE", payloads):
+        world.run("encfs-js", "key", "change", STORE, "--key-file", KEY_FILE, "--new-key-file", another)
+        done = world.run(
+            "encfs-js", "reencrypt", STORE, "--key-file", another, "--new-epoch", "--drop-epochs", "--json"
+        )
+        answer = json.loads(done.stdout)
+        assert answer["done"]
+        assert answer["dropped_epochs"] == [answer["epoch"] - 1]
+    assert (pid_of(world, NATS), pid_of(world, ENCFS)) == (server, daemon)
+    assert nats.read("ROTATE") == payloads
+    owners = {name: os.stat(world.path(f"{STORE}/.encfs_js/{name}")).st_uid for name in ("keyring", "keyring.bak", "guard")
+              if world.path(f"{STORE}/.encfs_js/{name}").exists()}  # fmt: skip
+    assert set(owners.values()) == {os.stat(world.path(STORE)).st_uid}
+    world.write(KEY_FILE, "another key\n", 0o600)
+    world.run("systemctl", "restart", ENCFS)
+    mounts.until(lambda: world.show(NATS)["ActiveState"] == "active", "nats-server after the restart")
+    nats.await_port()
+    assert nats.read("ROTATE") == payloads
+    world.write(another, mounts.KEY + "\n", 0o600)
+    world.run("encfs-js", "key", "change", STORE, "--key-file", KEY_FILE, "--new-key-file", another)
+
+
 @contextlib.contextmanager
 def publishing(nats: Nats, stream: str, payloads: list[bytes]) -> Iterator[None]:
     """Publish in the background while the block runs, and a little longer; every message has to be acked."""
