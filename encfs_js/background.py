@@ -28,6 +28,7 @@ class Background:
         self._gate = gate
         self._tell = tell
         self._stopping = False
+        self._over = False
         self._ended: trio.Event | None = None  # of the pass that runs
 
     def stop(self) -> None:
@@ -35,14 +36,22 @@ class Background:
         self._stopping = True
 
     async def end(self) -> None:
-        """Stop, and wait for it."""
+        """Stop for ever, and wait for it."""
+        self._over = True
         self.stop()
         if self._ended is not None:
             await self._ended.wait()
 
     async def run(self, rate: float | None) -> None:
-        """Seal all that is stale. rate: bytes a second at most. Must not be cancelled: `end` stops it."""
-        if self._ended is not None:
+        """Seal all that is stale. rate: bytes a second at most. Must not be cancelled: `end` stops it.
+
+        While one runs it goes on, and sees to keys that are new. One that is about to stop is waited for.
+        """
+        while self._ended is not None:
+            if not self._stopping:
+                return
+            await self._ended.wait()
+        if self._over:
             return
         ended = self._ended = trio.Event()
         self._stopping = False

@@ -187,7 +187,12 @@ def _by_daemon(store: str, rate: float | None, show: Callable[[dict[str, Any]], 
     try:
         while True:
             time.sleep(_POLL)
-            progress: dict[str, Any] = _ask(store, {"do": "status"})["reencrypt"]
+            progress: dict[str, Any] | None = _ask(store, {"do": "status"})["reencrypt"]
+            if progress is None:
+                raise ReencryptError(
+                    f"{store}: the daemon was started again meanwhile, and knows nothing of this",
+                    hint="Repeat the command without --new-epoch: it does the rest.",
+                )
             show(progress)
             if progress["state"] not in {"counting", "running"}:
                 return progress
@@ -205,6 +210,9 @@ def _alone(store: str, keys: Keys, rate: float | None, show: Callable[[dict[str,
     options = {"store": os.path.realpath(store), "read_only": False, "cipher": None, "writeback": False}
     progress = Progress()
     try:
+        # Before it was ours another may have made a new epoch, sealed all files anew, and dropped the one these keys know.
+        found, _ = keystore.load(store)
+        keys = keyring.renew(found, keys)
         opened = world.prepare(options, keys, Backing(), resumed=False)
         work = all_files(opened.files, progress)
         begun = shown = time.monotonic()

@@ -49,7 +49,8 @@ class Errands:
         """Have that stopped."""
         if self._pass is not None:
             self._pass = None
-            self._send({"do": "stop"})
+            if not self._send({"do": "stop"}):
+                self._has_stopped()
 
     # -- from the workers
 
@@ -64,21 +65,36 @@ class Errands:
         if worker is self._worker:
             self._worker = None
             self._answer({"ok": False, "how": "its worker has ended meanwhile"})
+            self._has_stopped()
 
     def on_rekeyed(self, message: dict[str, Any], fds: list[int]) -> None:
-        """Take the keys for the workers to come. They are sent before they are used, so no file has an epoch that is lost."""
+        """Take the keys for the workers to come. They are sent before they are used, so no file has an epoch that is lost.
+
+        Every answer is that to one question: the keyring may have changed again before the next.
+        """
         if fds:
             os.close(self.keys)
             self.keys = fds[0]
             if problem := hygiene.lock_file(self.keys):
                 log.warning("keys may reach the swap: memory cannot be locked: %s", problem)
-        self._answer(message)
+        elif message["ok"]:
+            message = {"ok": False, "how": "too many open files: the next worker would not have the new keys"}
+            log.critical("%s", message["how"])
+        if self._waiting:
+            self._waiting.pop(0)(message)
 
     def on_progress(self, message: dict[str, Any]) -> None:
         """Note how far sealing anew is."""
+        if message["state"] == "stopped" and self._pass is not None:
+            return  # it was asked for again since
         self.progress = {name: value for name, value in message.items() if name != "is"}
         if message["state"] not in {"counting", "running"}:
             self._pass = None
+
+    def _has_stopped(self) -> None:
+        """Say that the pass has stopped if that was asked for, and nobody is left who would say so."""
+        if self._pass is None and self.progress.get("state") in {"counting", "running"}:
+            self.progress = self.progress | {"state": "stopped"}
 
     def _send(self, message: dict[str, Any]) -> bool:
         if self._worker is None:

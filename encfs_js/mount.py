@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from encfs_js import errors, keymemory, notify, state
+from encfs_js import errors, keymemory, keyring, keystore, notify, state
 from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAStoreError, StoreUnsuitableError
 from encfs_js.format import check_available
 from encfs_js.mounts import FS_TYPE, find_store, mounts
@@ -179,6 +179,9 @@ def _become_supervisor(options: Options, keys: Keys, ready: int | None, worker: 
     Its environment, which others can read, is without the key.
     """
     held = state.lock(options.store, options.mountpoint, datetime.now(UTC).isoformat(timespec="seconds"))
+    # Before it was ours another may have made a new epoch, sealed all files anew, and dropped the one that these keys know.
+    found, _ = keystore.load(options.store)
+    keys = keyring.renew(found, keys)
     if ready is not None:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):

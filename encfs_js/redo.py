@@ -238,7 +238,7 @@ def _finish(io: Backing, redo: int, root_fd: int, mac_key: bytes) -> bytes | Non
         path = next(_named(io, root_fd, b"", ino), b"")
         if not path:
             return None
-    target = io.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    target = _open_target(io, root_fd, path)
     try:
         for at in range(0, pages * PAGE, _RUN):
             _copy_run(io, redo, target, pages, at)
@@ -247,6 +247,23 @@ def _finish(io: Backing, redo: int, root_fd: int, mac_key: bytes) -> bytes | Non
     finally:
         io.close(target)
     return path
+
+
+def _open_target(io: Backing, root_fd: int, path: bytes) -> int:
+    """Open a file that has to be finished, also one of our own whose mode keeps even us out (opening.py).
+
+    A crash between the two changes of the mode leaves it writable for its owner.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return io.open(path, flags, dir_fd=root_fd)
+    except PermissionError:
+        mode = stat.S_IMODE(io.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode)
+        io.chmod(path, mode | stat.S_IRUSR | stat.S_IWUSR, dir_fd=root_fd)
+        try:
+            return io.open(path, flags, dir_fd=root_fd)
+        finally:
+            io.chmod(path, mode, dir_fd=root_fd)
 
 
 def _is_there(io: Backing, root_fd: int, path: bytes, ino: int) -> bool:

@@ -67,14 +67,19 @@ def reencrypt(files: Files, progress: Progress) -> Steps[None]:
 
     Raises OSError when it cannot go on: no space, or the disk became read-only.
     """
+    if files.promises is None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     tried: set[int] = set()
-    progress.cipher, progress.epoch = files.keys.suite.label, files.keys.epoch
     for _ in range(_ROUNDS):
         progress.state = "counting"
+        progress.cipher, progress.epoch = files.keys.suite.label, files.keys.epoch
         found: list[tuple[int, int]] = []
-        yield from _survey(files, tried, found)
+        yield from _survey(files, tried, found, progress)
         if not found:
-            break
+            yield partial(files.io.syncfs, files.tree.root_fd)
+            if (progress.cipher, progress.epoch) == (files.keys.suite.label, files.keys.epoch):
+                break
+            continue  # other keys came meanwhile
         progress.files += len(found)
         progress.bytes += sum(size for _, size in found)
         progress.state = "running"
@@ -85,52 +90,79 @@ def reencrypt(files: Files, progress: Progress) -> Steps[None]:
                 try:
                     yield from rewrite(files, node)
                 except OSError as exc:
-                    if exc.errno in _FULL:
-                        raise
-                    if exc.errno not in _GONE:
-                        log.error("%s could not be sealed anew: %s", path, exc.strerror)
-                        progress.failed.append((path, exc.strerror or "unreadable"))
-                        tried.add(ino)
+                    _note(progress, path, exc)
+                    tried.add(ino)
             progress.files_done += 1
             progress.bytes_done += size
             yield None
     else:
         progress.failed.append(("", f"files of another epoch appeared again and again, {_ROUNDS} times"))
-    yield partial(files.io.syncfs, files.tree.root_fd)
+        yield partial(files.io.syncfs, files.tree.root_fd)
     progress.state = "incomplete" if progress.failed else "done"
 
 
-def _survey(files: Files, tried: set[int], found: list[tuple[int, int]]) -> Steps[None]:
-    """Collect (inode number, sealed bytes) of every file that is stale and was not tried in vain."""
-    seen: set[int] = set()
-    for node, status in _regular(files, files.tree.root):
-        if node is not None and node.ino not in seen and node.ino not in tried:
-            seen.add(node.ino)
-            try:
-                if _is_stale(files, node):
-                    found.append((node.ino, status.st_size))
-            except OSError as exc:
-                if exc.errno not in _GONE:
-                    raise
-        yield None
+def _note(progress: Progress, path: str, problem: OSError) -> None:
+    """Note what could not be done, once; what is gone need not be done. Raises it when nothing else can be done either."""
+    if problem.errno in _FULL:
+        raise problem
+    if problem.errno not in _GONE and path not in {known for known, _ in progress.failed}:
+        log.error("%s could not be sealed anew: %s", path, problem.strerror)
+        progress.failed.append((path, problem.strerror or "unreadable"))
 
 
-def _regular(files: Files, directory: Node) -> Iterator[tuple[Node | None, os.stat_result]]:
-    """Yield the regular files below a directory; (None, ...) for what is another kind, so that others are let in."""
-    for _, name in files.tree.listing(directory):
+def _survey(files: Files, tried: set[int], found: list[tuple[int, int]], progress: Progress) -> Steps[None]:
+    """Collect (inode number, sealed bytes) of every file that is stale and was not tried in vain.
+
+    What moves meanwhile may pass from a directory that is still to be listed into one that was: it is looked at as well.
+    """
+    tree, seen = files.tree, set(tried)
+    moved = tree.moved = set()
+    todo = [tree.root]
+    try:
+        while todo:
+            for node, status in _regular(files, todo.pop(), progress):
+                if node is not None and node.ino not in seen:
+                    seen.add(node.ino)
+                    try:
+                        if _is_stale(files, node):
+                            found.append((node.ino, status.st_size))
+                    except OSError as exc:
+                        _note(progress, os.fsdecode(tree.path(node)), exc)
+                        tried.add(node.ino)
+                yield None
+            todo += moved
+            moved.clear()
+    finally:
+        tree.moved = None
+
+
+def _regular(files: Files, start: Node, progress: Progress) -> Iterator[tuple[Node | None, os.stat_result]]:
+    """Yield the regular files below a directory, or one file; (None, ...) for another kind, so that others are let in."""
+    try:
+        status = files.tree.stat(start)
+        if not stat.S_ISDIR(status.st_mode):
+            yield (start if stat.S_ISREG(status.st_mode) and start.names else None), status
+            return
+        yield None, status
+        names = files.tree.listing(start)
+    except OSError as exc:
+        _note(progress, _path(files, start), exc)
+        return
+    for _, name in names:
         try:
-            node, status = files.tree.lookup(directory, name)
-        except FileNotFoundError:
+            node, status = files.tree.lookup(start, name)
+        except OSError as exc:
+            _note(progress, os.path.join(_path(files, start), os.fsdecode(name)), exc)
             continue
         if stat.S_ISDIR(status.st_mode):
-            yield None, status
-            try:
-                yield from _regular(files, node)
-            except OSError as exc:
-                if exc.errno not in _GONE:
-                    raise
+            yield from _regular(files, node, progress)
         else:
             yield (node if stat.S_ISREG(status.st_mode) else None), status
+
+
+def _path(files: Files, node: Node) -> str:
+    """Return the path of what may have lost its name."""
+    return os.fsdecode(files.tree.path(node)) if node is files.tree.root or node.names else ""
 
 
 def _is_stale(files: Files, node: Node) -> bool:

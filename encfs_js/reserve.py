@@ -112,4 +112,5 @@ class Promises:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _promised(self, writers: set[Node]) -> int:
-        return sum(still_to_come(self._io.fstat(node.fd).st_size) for node in writers)
+        # One that a worker before this one has opened may be closed here: then the most that a file may still take.
+        return sum(still_to_come(self._io.fstat(node.fd).st_size if node.fd >= 0 else 0) for node in writers)

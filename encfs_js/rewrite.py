@@ -36,7 +36,11 @@ def rewrite(files: Files, node: Node) -> Steps[bool]:
         done = False
         for attempt in range(_IN_VAIN + 1):
             file = files.attach(node, write=True)
-            if not node.names or not isinstance(file, SealedFile) or not file.is_stale:
+            if not node.names or not isinstance(file, SealedFile):
+                break
+            if file.damage is not None:  # of its header as well: what it is sealed with cannot be told then
+                raise files.damaged(node, file.damage)
+            if not file.is_stale:
                 break
             try:
                 if file.pages == 1:
@@ -84,11 +88,13 @@ def _whole(files: Files, node: Node, file: SealedFile, *, freeze: bool) -> Steps
             redo.discard(io, meta_fd, staged)
             return False
         files.frozen = files.copying = node
+        done = False
         try:
             yield from redo.put(io, meta_fd, staged, node.fd)
-        except redo.UnfinishedError:
-            files.was_interrupted(node, path)
-            raise
+            done = True
+        finally:
+            if not done:  # whatever the reason: the redo file counts, and would undo what is written from now on
+                files.was_interrupted(node, path)
         node.file, node.mtime_ns, node.dated = SealedFile(io, node.fd, files.keys), None, True
         return True
     finally:

@@ -42,25 +42,9 @@ class Node:
     """
 
     __slots__ = (
-        "anchor",
-        "cached_writers",
-        "checked",
-        "children",
-        "dated",
-        "direct_writers",
-        "fd",
-        "file",
-        "generation",
-        "handed",
-        "held",
-        "ino",
-        "mtime_ns",
-        "names",
-        "opens",
-        "size",
-        "unsure",
-        "writable",
-    )
+        "anchor", "cached_writers", "checked", "children", "dated", "direct_writers", "fd", "file", "generation", "handed",
+        "held", "ino", "mtime_ns", "names", "opens", "size", "unsure", "writable",
+    )  # fmt: skip
 
     def __init__(self, ino: int) -> None:
         self.ino = ino
@@ -104,6 +88,8 @@ class Tree:
         # Called before an open file loses its last name, and when nobody has it any more: who else is to keep it open.
         self.hand_over: Callable[[int, int], None] = lambda _ino, _fd: None
         self.let_go: Callable[[int], None] = lambda _ino: None
+        # While somebody looks for every file: what got another name meanwhile, and may have gone where he has been already.
+        self.moved: set[Node] | None = None
         self.root = Node(ROOT)
         self.root.generation = 0
         self.nodes = {ROOT: self.root}
@@ -277,6 +263,8 @@ class Tree:
             raise _error(errno.ENOENT)
         fd, path, _ = self.at(node)
         self.io.link(path, new_path, src_dir_fd=fd, dst_dir_fd=new_fd, follow_symlinks=False)
+        if self.moved is not None:
+            self.moved.add(node)
         return self.lookup(parent, name)
 
     # -- removing and moving
@@ -320,11 +308,12 @@ class Tree:
             self._forget_name(new_parent, new_name, held)
         self._rename_node(moved, parent, name, new_parent, new_name)
 
-    @staticmethod
-    def _rename_node(node: Node | None, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
+    def _rename_node(self, node: Node | None, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
         if node is not None:
             node.names[node.names.index((parent, name))] = (new_parent, new_name)
             new_parent.children[new_name] = node
+            if self.moved is not None:
+                self.moved.add(node)
 
     def _hold(self, parent: Node, name: bytes) -> int:
         """Open what is about to lose its last name, if the kernel knows it: it may be somebody's directory or descriptor.
