@@ -5,7 +5,7 @@ offset in what was decrypted and decompressed, that is in the bytes that the rea
 fixed multiple of what it is given, but for `plain_block`, which makes MAX_BLOCK bytes at most.
 
 Integers are little endian, `uv` is a varint. Hashes are HighwayHash-64 with a key that is the SHA-256 of a public name:
-they find accidents, not attackers. Measured on stores of nats-server 2.15.
+they find accidents, not attackers. Measured on stores of nats-server 2.10 to 2.15.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ As in `jetstream`: what is wrong is a FormatError that names path and offset, an
 of what it is given, but for `assignments`, which makes MAX_ASSIGNMENTS bytes at most. `uv` and `sv` are varints.
 Times are in nanoseconds since 1970 where nothing else is said.
 
-Measured on stores of nats-server 2.15. After descriptions only: index.db of versions 1 to 3 (2.10 to 2.12), o.dat of version 1.
+Measured on stores of nats-server 2.10, 2.11, 2.12, 2.14 and 2.15, whose index.db is of versions 1, 2, 3, 4 and 4. After a
+description only: o.dat of version 1, which none of them writes.
 """
 
 from __future__ import annotations
@@ -313,7 +314,12 @@ def parse_snapshot(raw: Bytes, group: str, path: str) -> Snapshot:
 
 
 def assignments(data: Bytes, path: str) -> Any:
-    """Return the JSON in the data of a snapshot of _meta_: every stream and consumer of the cluster. Raises FormatError."""
+    """Return the JSON in the data of a snapshot of _meta_: every stream and consumer of the cluster. Raises FormatError.
+
+    Where there was none yet the data is empty.
+    """
+    if not data:
+        return []
     with naming(path):
         plain = s2_block(data, MAX_ASSIGNMENTS)
     return json_of(plain, path)

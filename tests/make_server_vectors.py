@@ -1,8 +1,9 @@
 """Make tests/vectors/server: small stores of a real nats-server, and what it said of them. Run by hand: they are random.
 
-    .venv/bin/python tests/make_server_vectors.py
+    .venv/bin/python tests/make_server_vectors.py [NATS-SERVER...]
 
-One file of a plain store, one with chachapoly, one of a node of a cluster with aes. JSON: `server`, `key`, `files` (path below
+Of the nats-server that is installed: a plain store, one with chachapoly, and one of a node of a cluster with aes. Of every
+other one that is named (2.10 to 2.12 have other versions of index.db): one with aes. JSON: `server`, `key`, `files` (path below
 store_dir to base64), `streams`: name to `messages` (sequence, subject, base64 of the payload, headers; or only how many) and to
 `consumers` (name to the stream sequences of ack floor and last delivery, and how many deliveries are pending).
 """
@@ -13,6 +14,7 @@ import base64
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,28 +25,38 @@ import server_stores as stores
 from nats.js import api
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nats.aio.client import Client
     from nats.js import JetStreamContext
 
 DIRECTORY = Path(__file__).parent / "vectors" / "server"
 
 
-def fill(server: world.Server, replicas: int) -> None:
+def fill(server: world.Server, replicas: int = 1, settled: Callable[[], None] = lambda: None) -> None:
+    """Make two streams and a consumer. settled: waits until a cluster is up to date."""
     world.add_stream(server, "SMALL", "SMALL.>", num_replicas=replicas)
+    settled()
     world.publish(server, world.sample("SMALL", 12, size=80))
     # 32,000 bytes a block that compress to a few hundred.
     world.add_stream(
         server, "PACKED", "PACKED.>", max_bytes=120_000, compression=api.StoreCompression.S2, num_replicas=replicas
     )
+    settled()
     long = b"all work and no play " * 740
     world.publish(
         server, [world.Message("PACKED.text", text) for text in (long + b"1", long + b"2", long[:900])], window=1
     )
 
-    async def more(_: Client, js: JetStreamContext) -> None:
+    async def consumer(_: Client, js: JetStreamContext) -> None:
         await js.delete_msg("SMALL", 5)
         config = api.ConsumerConfig(durable_name="worker", ack_policy=api.AckPolicy.EXPLICIT, ack_wait=3600)
         await js.add_consumer("SMALL", config)
+
+    world.talk(server, consumer)
+    settled()
+
+    async def work(_: Client, js: JetStreamContext) -> None:
         subscription = await js.pull_subscribe_bind("worker", stream="SMALL")
         for i in range(6):
             (msg,) = await subscription.fetch(1, timeout=20)
@@ -52,7 +64,8 @@ def fill(server: world.Server, replicas: int) -> None:
                 await msg.ack_sync(timeout=20)
         await subscription.unsubscribe()
 
-    world.talk(server, more)
+    world.talk(server, work)
+    settled()
 
 
 def document(store: Path, live: dict[str, stores.Live], version: str) -> dict[str, Any]:
@@ -77,30 +90,43 @@ def document(store: Path, live: dict[str, stores.Live], version: str) -> dict[st
     }
 
 
-def main() -> None:
-    version = subprocess.run([world.BINARY, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
-    os.makedirs(DIRECTORY, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        for mode in ("plain", "chachapoly"):
-            place = Path(scratch, mode)
-            with world.serving(place / "store", place / "work", **stores.MODES[mode]) as server:
-                fill(server, 1)
-                live = stores.ask(server)
-            write(mode, document(place / "store", live, version))
-        places = [Path(scratch, f"node{i}") for i in range(3)]
-        for place in places:
-            place.mkdir()
-        with cluster_world.cluster(places, Path(scratch, "work"), **stores.MODES["aes"]) as nodes:
-            fill(nodes[0], 3)
-            live = stores.ask(nodes[0])
-        write("cluster-aes", document(places[0], live, version))
+def version_of(binary: str) -> str:
+    said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.split()[-1].removeprefix("v")
+
+
+def single(binary: str, mode: str, place: Path) -> None:
+    with world.serving(place / "store", place / "work", binary=binary, **stores.MODES[mode]) as server:
+        fill(server)
+        live = stores.ask(server)
+    write(mode, document(place / "store", live, version_of(binary)))
+
+
+def of_cluster(mode: str, place: Path) -> None:
+    places = [place / f"node{i}" for i in range(3)]
+    for each in places:
+        each.mkdir(parents=True)
+    with cluster_world.cluster(places, place / "work", **stores.MODES[mode]) as nodes:
+        fill(nodes[0], 3, lambda: cluster_world.wait_current(nodes))
+        live = stores.ask(nodes[0])
+    write(f"cluster-{mode}", document(places[0], live, version_of(world.BINARY)))
 
 
 def write(name: str, found: dict[str, Any]) -> None:
-    path = DIRECTORY / f"{name}.json"
+    path = DIRECTORY / f"{found['server']}-{name}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="ascii")
     print(path, path.stat().st_size)
 
 
+def main(others: list[str]) -> None:
+    os.makedirs(DIRECTORY, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for mode in ("plain", "chachapoly"):
+            single(world.BINARY, mode, Path(scratch, mode))
+        of_cluster("aes", Path(scratch, "cluster"))
+        for i, binary in enumerate(others):
+            single(binary, "aes", Path(scratch, f"other{i}"))
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

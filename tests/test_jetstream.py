@@ -49,8 +49,15 @@ def with_hash(body: bytes, name: str) -> bytes:
 # --- kept stores ------------------------------------------------------------------------------------------------------
 
 
+def vector_of(name: str) -> dict[str, Any]:
+    """A kept store by its name, or the end of its name."""
+    (path,) = maker.DIRECTORY.glob(f"*{name}.json")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+    return found
+
+
 def unpack(name: str, place: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((maker.DIRECTORY / f"{name}.json").read_text(encoding="ascii"))
+    found = vector_of(name)
     for path, content in found["files"].items():
         (place / path).parent.mkdir(parents=True, exist_ok=True)
         (place / path).write_bytes(base64.b64decode(content, validate=True))
@@ -58,13 +65,15 @@ def unpack(name: str, place: Path) -> dict[str, Any]:
 
 
 def test_the_vectors_are_there() -> None:
-    assert VECTORS == ["chachapoly", "cluster-aes", "plain"]
+    assert [name.partition("-")[2] for name in VECTORS] == ["aes", "aes", "chachapoly", "cluster-aes", "plain"]
+    assert len({vector_of(name)["server"] for name in VECTORS}) == 3
 
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_kept_stores_are_read(name: str, tmp_path: Path) -> None:
     vector = unpack(name, tmp_path)
     small = stores.read(tmp_path / "jetstream/$G/streams/SMALL", [vector["key"].encode()])
+    assert small.index.version == {"2.10": 1, "2.12": 3, "2.15": 4}[vector["server"][:4]]
     said = [
         world.Stored(seq, subject, base64.b64decode(payload), headers)
         for seq, subject, payload, headers in vector["streams"]["SMALL"]["messages"]
@@ -75,7 +84,7 @@ def test_kept_stores_are_read(name: str, tmp_path: Path) -> None:
     _, state = small.consumers["worker"]
     floor, delivered, pending = vector["streams"]["SMALL"]["consumers"]["worker"]
     assert (state.ack_floor.stream, state.delivered.stream, len(state.pending)) == (floor, delivered, pending)
-    assert set(small.encrypted.values()) == {name != "plain"}
+    assert set(small.encrypted.values()) == {not name.endswith("plain")}
     packed = stores.read(tmp_path / "jetstream/$G/streams/PACKED", [vector["key"].encode()])
     assert [m.payload[:9] for m in packed.messages] == [b"all work "] * 3
     assert (tmp_path / "jetstream/$G/streams/PACKED/msgs/1.blk").stat().st_size < 1000 < packed.index.blocks[0].size
@@ -84,9 +93,9 @@ def test_kept_stores_are_read(name: str, tmp_path: Path) -> None:
 # --- raft groups ------------------------------------------------------------------------------------------------------
 
 
-def check_groups(groups: Path, keys: list[bytes], nodes: int) -> dict[str, int]:
-    """Read all that lies in `$SYS/_js_`; returns how many snapshots there are of each kind of group."""
-    snapshots = {}
+def check_groups(groups: Path, keys: list[bytes], nodes: int) -> dict[str, Any]:
+    """Read all that lies in `$SYS/_js_`; returns group to the data of its snapshot, for _meta_ the names of the streams in it."""
+    snapshots: dict[str, Any] = {}
     for group in sorted(groups.iterdir()):
         found = stores.read(group, keys, group.name)
         assert found.meta["name"] == group.name
@@ -99,10 +108,11 @@ def check_groups(groups: Path, keys: list[bytes], nodes: int) -> dict[str, int]:
             snapshot = serverstate.parse_snapshot(path.read_bytes(), group.name, str(path))
             assert path.name == f"snap.{snapshot.term}.{snapshot.last}"
             assert set(snapshot.peers.ids) == set(peers.ids)
-            snapshots[group.name[0]] = snapshots.get(group.name[0], 0) + 1
+            snapshots[group.name] = snapshot.data
             if group.name == "_meta_":
                 kept = serverstate.assignments(snapshot.data, str(path))
-                assert "SMALL" in {each["stream"]["name"] for each in kept}
+                snapshots[group.name] = {each["stream"]["name"] for each in kept}
+                assert snapshots[group.name] <= {"SMALL", "PACKED"}
             elif group.name.startswith("C-"):
                 assert serverstate.parse_consumer(snapshot.data, str(path)).version == 2
             else:
@@ -113,8 +123,10 @@ def check_groups(groups: Path, keys: list[bytes], nodes: int) -> dict[str, int]:
 
 
 def test_kept_raft_groups_are_read(tmp_path: Path) -> None:
-    vector = unpack("cluster-aes", tmp_path)
-    assert check_groups(tmp_path / "jetstream/$SYS/_js_", [vector["key"].encode()], 3).keys() >= {"S", "_"}
+    vector = unpack("-cluster-aes", tmp_path)
+    snapshots = check_groups(tmp_path / "jetstream/$SYS/_js_", [vector["key"].encode()], 3)
+    assert snapshots["_meta_"] == {"SMALL", "PACKED"}
+    assert any(name.startswith("S-") for name in snapshots)
 
 
 @pytest.mark.nats
@@ -125,7 +137,7 @@ def test_a_real_cluster_is_read(mode: str, tmp_path: Path) -> None:
     for place in places:
         place.mkdir()
     with cluster_world.cluster(places, tmp_path / "work", **stores.MODES[mode]) as nodes:
-        maker.fill(nodes[0], 3)
+        maker.fill(nodes[0], 3, lambda: cluster_world.wait_current(nodes))
         live = stores.ask(nodes[0])
     for place in places:
         found = stores.read(place / "jetstream/$G/streams/SMALL", KEYS)
@@ -309,6 +321,7 @@ def test_index_that_is_none() -> None:
         (b"\x0b\5" + good[2:], "byte 0: no index.db of a version that is known"),
         (index(4, set_of(100, entries=2), 2), None),
         (index(4, set_of(100), 2), None),
+        (index(4, set_of(100, entries=2), 1), None),
         *((good[:size], None) for size in range(len(good))),
     ]:
         with pytest.raises(FormatError, match=TOLD) as told:
@@ -347,6 +360,11 @@ def test_metafiles_that_are_none(raw: bytes, offset: int) -> None:
         jetstream.parse_meta(raw, "some/file")
 
 
+def test_a_cluster_without_streams_has_no_assignments() -> None:
+    assert serverstate.assignments(b"", "x") == []
+    assert serverstate.assignments(b"\x02\x04[]", "x") == []
+
+
 def test_raft_files_that_are_none() -> None:
     peers = struct.pack("<II", 3, 2) + b"aaaaaaaabbbbbbbb" + b"\0\0"
     assert serverstate.parse_peers(peers, "x").ids == (b"aaaaaaaa", b"bbbbbbbb")
@@ -354,6 +372,8 @@ def test_raft_files_that_are_none() -> None:
     assert serverstate.parse_snapshot(with_hash(snapshot, "G"), "G", "x")[:2] == (4, 5)
     assert serverstate.parse_snapshot(with_hash(snapshot, "G"), "G", "x").data == b"data"
     assert serverstate.parse_vote(bytes(8), "x") == (0, b"")
+    with pytest.raises(FormatError, match=f"^some/file: byte {len(peers)}: more bytes than there should be$"):
+        serverstate.parse_peers(peers + b"\0", "some/file")
     for size in range(len(peers)):
         with pytest.raises(FormatError, match=TOLD):
             serverstate.parse_peers(peers[:size], "some/file")
@@ -416,8 +436,7 @@ def test_any_bytes_end_well(reader: str, raw: bytes) -> None:
 @cache
 def real_files() -> dict[str, bytes]:
     """Of the kept plain stores a file for every reader; in the place of those with a hash, what precedes it."""
-    plain = json.loads((maker.DIRECTORY / "plain.json").read_text(encoding="ascii"))["files"]
-    raft = json.loads((maker.DIRECTORY / "cluster-aes.json").read_text(encoding="ascii"))["files"]
+    plain, raft = vector_of("-plain")["files"], vector_of("-cluster-aes")["files"]
     small, meta = "jetstream/$G/streams/SMALL", "jetstream/$SYS/_js_/_meta_"
     found = {
         "blk": plain[f"{small}/msgs/1.blk"],

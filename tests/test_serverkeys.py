@@ -8,6 +8,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import fips_host
+import make_server_vectors as maker
 import mounts
 import nats_world as world
 import pytest
@@ -420,3 +422,32 @@ def test_anything_as_a_key_file_or_metafile(raw: bytes, suite: Suite, size: int)
     except FormatError as problem:
         told = str(problem)
     assert re.match(r"some/file: byte \d+: ", told)
+
+
+# --- FIPS -------------------------------------------------------------------------------------------------------------
+
+READS = """
+import base64, json, sys
+from encfs_js import serverkeys
+from encfs_js.errors import EncfsError
+for path in {paths}:
+    vector = json.load(open(path))
+    raw = base64.b64decode(vector["files"]["jetstream/$G/streams/SMALL/meta.key"])
+    meta = base64.b64decode(vector["files"]["jetstream/$G/streams/SMALL/meta.inf"])
+    try:
+        seed = serverkeys.open_key_file(raw, serverkeys.stream("$G", "SMALL"), [vector["key"].encode()], "meta.key")
+        print(seed.suite.label, json.loads(serverkeys.open_file(meta, seed, "meta.inf"))["name"])
+    except EncfsError as problem:
+        print(problem, problem.exit_code)
+"""
+
+
+@pytest.mark.skipif(bool(fips_host.needs_provider()), reason=fips_host.needs_provider() or "-")
+def test_under_fips_aes_is_read_and_chachapoly_refused(tmp_path: Path) -> None:
+    """AES-GCM with a nonce of 16 bytes, too. Which is what nats-server itself cannot do in its strictest FIPS mode."""
+    paths = [str(next(maker.DIRECTORY.glob(f"*-{name}.json"))) for name in ("cluster-aes", "chachapoly")]
+    program = READS.format(paths=paths)
+    assert fips_host.says({}, program) == "aes SMALL\nchachapoly SMALL\n"
+    found = fips_host.says(fips_host.build(tmp_path / "host"), program).splitlines()
+    assert found[0] == "aes SMALL"
+    assert re.fullmatch(r"the OpenSSL of this host refuses chachapoly \(FIPS\): .+ 37", found[1])
