@@ -16,7 +16,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from encfs_js.errors import FormatError
-from encfs_js.natscodec import MalformedError, hash_key, highwayhash64, s2_stream, uvarint
+from encfs_js.natscodec import S2_MAGIC, MalformedError, hash_key, highwayhash64, s2_stream, uvarint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_RECORD: Final = 32 << 20  # nats-server takes a longer record for damage
 MAX_BLOCK: Final = 64 << 20  # plain bytes of a compressed block: nats-server closes one at 8 MiB and a record
 HASH: Final = 8
+_IN_VAIN: Final = 4  # times the length of a block
 
 _RECORD: Final = struct.Struct("<IQqH")  # length, sequence, time, length of the subject
 _HEADERS: Final = 1 << 31  # in the length: the record has message headers
@@ -167,6 +168,40 @@ def _record(view: memoryview, key: bytes, at: int) -> Record:
     return Record(at, length, sequence, erased, tombstone, time, bytes(subject), header, payload)
 
 
+def record_length(block: Bytes, at: int) -> int | None:
+    """Return how many bytes a record at `at` says it has, None if it cannot be one."""
+    if len(block) - at < _RECORD.size + HASH:
+        return None
+    length, _, _, subject_length = _RECORD.unpack_from(block, at)
+    has_header, length = bool(length & _HEADERS), length & ~_HEADERS
+    return length if _RECORD.size + subject_length + HASH + 4 * has_header <= length <= MAX_RECORD else None
+
+
+def find_record(block: Bytes, name: str, start: int) -> Record | None:
+    """Return the first record from `start` on that is whole and matches its hash; `name` is the block's `block_name`.
+
+    Where records follow each other their lengths lead from one to the next; behind damage every offset is tried, until so
+    many bytes were hashed in vain that somebody must have made them to be.
+    """
+    view, key, at, strayed, hashed_bytes = memoryview(block), hash_key(name), start, False, 0
+    while len(view) - at >= _RECORD.size + HASH:
+        length = record_length(view, at)
+        if length is not None and length <= len(view) - at:
+            hashed_bytes += length
+            if hashed_bytes > _IN_VAIN * len(view):
+                return None
+            try:
+                return _record(view, key, at)
+            except MalformedError:
+                if not strayed and (record_length(view, at + length) or MAX_RECORD) <= len(view) - at - length:
+                    at += length
+                    continue
+        if not strayed:
+            strayed, at = True, start
+        at += 1
+    return None
+
+
 def messages(found: Iterator[Record]) -> Iterator[Record]:
     """Return the messages among the records of a block: what nats-server itself would count as one.
 
@@ -211,6 +246,20 @@ def _sensible(block: bytes, name: str) -> bytes | None:
     except (FormatError, MalformedError):
         return None
     return plain
+
+
+def begins_compressed(head: Bytes) -> bool | None:
+    """Tell from its first bytes whether a block is a compressed one: None where it does not say so, False where it cannot be."""
+    if bytes(head[:3]) != b"cmp":
+        return None
+    try:
+        (algorithm,), at = take(head, 3, 1)
+        size, at = uvarint(head, at)
+    except MalformedError:
+        return False
+    return size <= MAX_BLOCK and (
+        algorithm == 0 or (algorithm == 1 and bytes(head[at : at + len(S2_MAGIC)]) == S2_MAGIC)
+    )
 
 
 def _decompressed(block: bytes, path: str) -> bytes:

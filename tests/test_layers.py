@@ -13,7 +13,7 @@ import encfs_js
 ROOMS = """
     __init__ errors logs mounts hygiene wire notify control fusemount journal resend spawn errands succession supervisor
     format natscodec serverkeys jetstream serverstate
-    backing steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
+    backing serverstore steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
     state guard tree reserve times opening files rewrite reencrypt sweep revive world gate pace reply fs background session worker
     mount premount inspect verify cli_text cli_key cli_keys cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd
     cli_verify cli_reencrypt cli __main__
