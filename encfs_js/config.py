@@ -54,18 +54,22 @@ class Tpm(msgspec.Struct, frozen=True, kw_only=True):
 class JetStream(msgspec.Struct, frozen=True, kw_only=True):
     """The `jetstream` block. `key` is the key itself, a variable that it named has been replaced; None: not given.
 
-    cipher: also what the `tpm` block says.
+    prev_key: the key before, of a store that nats-server has encrypted itself; likewise. cipher: also what the `tpm` block says.
     """
 
     store_dir: _Path | None = None
     cipher: Suite | None = None
     key: str | None = None
+    prev_key: str | None = None
     tpm: Tpm | None = None
 
     def __repr__(self) -> str:
         """Show no key."""
-        key = None if self.key is None else "..."
-        return f"JetStream(store_dir={self.store_dir!r}, cipher={self.cipher!r}, key={key}, tpm={self.tpm!r})"
+        key, prev_key = (None if secret is None else "..." for secret in (self.key, self.prev_key))
+        return (
+            f"JetStream(store_dir={self.store_dir!r}, cipher={self.cipher!r}, key={key}, prev_key={prev_key}, "
+            f"tpm={self.tpm!r})"
+        )
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +91,8 @@ _JETSTREAM_NAMES = {name: name for name in JetStream.__struct_fields__} | {
     "storedir": "store_dir",
     "ek": "key",
     "encryption_key": "key",
+    "prev_ek": "prev_key",
+    "prev_encryption_key": "prev_key",
 }
 _TOP_NAMES = {name: name for name in Config.__struct_fields__}
 
@@ -94,6 +100,7 @@ _CIPHERS = "chacha, chachapoly or aes"
 _EXPECTED = {
     "$.jetstream.store_dir": "a path",
     "$.jetstream.key": "text",
+    "$.jetstream.prev_key": "text",
     "$.jetstream.tpm.keys_file": "a path",
     "$.jetstream.tpm.encryption_password": "text",
     "$.jetstream.tpm.srk_password": "text",
@@ -157,11 +164,12 @@ def _parse(text: bytes, environ: MutableMapping[str, str], *, with_key: bool = T
         _convert_cipher(block, "$.jetstream")
         if "tpm" in block:
             secret = _convert_tpm(block, environ, with_key=with_key)
-        if not with_key:
-            block.pop("key", None)
-        if "key" in block:
-            block["key"], literal = _key(block["key"], "$.jetstream.key", environ)
-            secret = secret or literal
+        for name in ("key", "prev_key"):
+            if not with_key:
+                block.pop(name, None)
+            elif name in block:
+                block[name], literal = _key(block[name], f"$.jetstream.{name}", environ)
+                secret = secret or literal
     try:
         return msgspec.convert(raw, Config), secret
     except msgspec.ValidationError as problem:
@@ -224,7 +232,7 @@ def _names(block: Any, path: str, known: dict[str, str]) -> dict[str, Any]:
             raise ConfigError(f"{path}.{name}: unknown", hint=_meant(name.lower(), path, known))
         if canonical in given:
             raise ConfigError(f"{path}.{name}: is given already, as {given[canonical]}", hint="Keep one of the two.")
-        if value is None and canonical != "key":
+        if value is None and canonical not in {"key", "prev_key"}:
             raise ConfigError(f"{path}.{name}: has no value", hint=f"Give it one or remove the line. {_HINT}")
         given[canonical] = name
         result[canonical] = value
@@ -295,7 +303,7 @@ def _key(value: Any, path: str, environ: MutableMapping[str, str]) -> tuple[str,
         raise ConfigError(
             f"{path}: the environment variable {variable[1]} is not set",
             hint="Set and export it. A key that has this form itself goes into a file: --key-file FILE."
-            if path == "$.jetstream.key"
+            if path in {"$.jetstream.key", "$.jetstream.prev_key"}
             else "Set and export it. A password cannot have this form itself.",
         )
     if not found:

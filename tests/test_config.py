@@ -109,6 +109,17 @@ def test_spellings_of_the_key(load, name):
     assert load(f"jetstream: {{{name}: abc}}").jetstream.key == "abc"
 
 
+@pytest.mark.parametrize("name", ["prev_key", "prev_ek", "prev_encryption_key", "Prev_Key"])
+def test_spellings_of_the_key_before(load, name):
+    found = load(f"jetstream: {{key: abc, {name}: $OLD}}", OLD="what it was").jetstream
+    assert (found.key, found.prev_key) == ("abc", "what it was")
+    assert "what it was" not in repr(found)
+    with pytest.raises(KeyMissingError, match=r"\$\.jetstream\.prev_key: is empty"):
+        load(f"jetstream: {{{name}: ''}}")
+    with pytest.raises(ConfigError, match=r"\$\.jetstream\.prev_key: must be text|reads it as something else"):
+        load(f"jetstream: {{{name}: 12}}")
+
+
 @pytest.mark.parametrize(
     ("name", "suite"),
     [

@@ -15,7 +15,7 @@ ROOMS = """
     format natscodec serverkeys jetstream serverstate
     backing serverstore steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
     state guard tree reserve times opening files rewrite reencrypt sweep revive world gate pace reply fs background session worker
-    mount premount inspect verify cli_text cli_key cli_keys cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd
+    mount premount inspect verify cli_text cli_key cli_serverkey cli_keys cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd
     cli_verify cli_reencrypt cli __main__
 """.split()  # noqa: SIM905
 FUSE = {"background", "fs", "gate", "pace", "reply", "session", "worker"}
