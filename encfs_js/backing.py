@@ -53,6 +53,9 @@ class Backing:
     chmod = staticmethod(os.chmod)
     chown = staticmethod(os.chown)
     utime = staticmethod(os.utime)
+    listxattr = staticmethod(os.listxattr)
+    getxattr = staticmethod(os.getxattr)
+    setxattr = staticmethod(os.setxattr)
 
     @staticmethod
     def listdir(fd: int) -> list[bytes]:

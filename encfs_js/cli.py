@@ -34,6 +34,8 @@ _ROOMS: Final = {
     "inspect": "cli_inspect",
     "key": "cli_keys",
     "reencrypt": "cli_reencrypt",
+    "encrypt": "cli_encrypt",
+    "decrypt": "cli_encrypt",
     "guard": "cli_guard",
     "systemd": "cli_systemd",
 }

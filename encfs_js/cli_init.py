@@ -90,7 +90,7 @@ def _check_new(store: str, policy: str) -> None:
                 f"{store} is a store already",
                 hint=f"Mount it: encfs-js mount {shlex.quote(store)} MOUNTPOINT",
             )
-    first, sealed = _first_file(store)
+    first, sealed = first_file(store)
     if sealed is not None:
         raise StoreNotEmptyError(
             f"{store} has sealed files in it ({shown(sealed)}) and no keyring",
@@ -104,7 +104,7 @@ def _check_new(store: str, policy: str) -> None:
         )
 
 
-def _first_file(store: str) -> tuple[bytes | None, bytes | None]:
+def first_file(store: str) -> tuple[bytes | None, bytes | None]:
     """Return the paths of the first entry of a directory (an empty lost+found does not count), and of a sealed file."""
 
     def failed(path: bytes, problem: OSError) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +16,7 @@ from encfs_js import control, inspect, keyring, keystore, steps, world
 from encfs_js import state as room
 from encfs_js.backing import META, Backing
 from encfs_js.cli_key import ORDER, Source, SuiteType, key_options
+from encfs_js.cli_progress import display
 from encfs_js.cli_text import plural, size
 from encfs_js.errors import ConfigError, ReencryptError
 from encfs_js.format import check_available
@@ -24,7 +24,7 @@ from encfs_js.reencrypt import Progress
 from encfs_js.reencrypt import reencrypt as all_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from encfs_js.format import Suite
     from encfs_js.keyring import Keys
@@ -75,7 +75,7 @@ def reencrypt(
     if new_epoch or (cipher is not None and cipher is not keys.settings.cipher):
         keys = _changed(store, keys, new_epoch=new_epoch, cipher=cipher)
     limit = None if rate is None else rate * (1 << 20)
-    with _display(as_json) as show:
+    with display(as_json) as show:
         progress = _by_daemon(store, limit, show) if mount is not None else _alone(store, keys, limit, show)
     dropped: list[int] = []
     if progress["state"] == "done" and drop_epochs:
@@ -210,6 +210,7 @@ def _alone(store: str, keys: Keys, rate: float | None, show: Callable[[dict[str,
     options = {"store": os.path.realpath(store), "read_only": False, "cipher": None, "writeback": False}
     progress = Progress()
     try:
+        room.check_whole(store)
         # Before it was ours another may have made a new epoch, sealed all files anew, and dropped the one these keys know.
         found, _ = keystore.load(store)
         keys = keyring.renew(found, keys)
@@ -252,38 +253,6 @@ def _alone(store: str, keys: Keys, rate: float | None, show: Callable[[dict[str,
 
 
 # -- for people and programs
-
-
-@contextmanager
-def _display(as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that shows the progress: as a bar on a terminal, not at all elsewhere."""
-    if as_json or not sys.stderr.isatty():
-        yield lambda _progress: None
-        return
-    from rich import progress as bars  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(binary_units=True),
-        bars.TextColumn("{task.fields[files]}"),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("counting", total=None, files="")
-
-        def show(progress: dict[str, Any]) -> None:
-            bar.update(
-                task,
-                description=progress["state"],
-                total=progress.get("bytes") or None,
-                completed=progress.get("bytes_done", 0),
-                files=f"{progress.get('files_done', 0)} of {plural(progress.get('files', 0), 'file')}",
-            )
-
-        yield show
 
 
 def _report(store: str, progress: dict[str, Any], dropped: list[int], *, as_json: bool) -> None:

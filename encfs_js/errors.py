@@ -202,6 +202,12 @@ class ReencryptError(EncfsError):
     exit_code = 38
 
 
+class ConversionError(EncfsError):
+    """A conversion was not begun or has not finished: something cannot be carried over, or came out unequal."""
+
+    exit_code = 39
+
+
 class FormatError(EncfsError):
     """Bytes that are no sealed file of this format version. Opaque on purpose, like IntegrityError."""
 

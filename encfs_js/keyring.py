@@ -160,9 +160,16 @@ def renew(keyring: Keyring, keys: Keys) -> Keys:
 
 
 def keep_old(keys: Keys, old: Keys) -> Keys:
-    """Return `keys` with those volume keys of `old` that they have no more: files may still be open that need them."""
-    keyring_key, volume_keys = keys.secrets()
-    return Keys(keys.store_id, keys.settings, keyring_key, old.secrets()[1] | volume_keys)
+    """Return `keys` with those volume keys of `old` that they have no more: files may still be open that need them.
+
+    Raises KeyringDamagedError when the two have different keys under one number: the files of one of them would be lost.
+    """
+    (keyring_key, volume_keys), older = keys.secrets(), old.secrets()[1]
+    if any(volume_keys.get(epoch, key) != key for epoch, key in older.items()):
+        raise KeyringDamagedError(
+            "it has another volume key for an epoch that both have", hint="The store was put back from a backup since."
+        )
+    return Keys(keys.store_id, keys.settings, keyring_key, older | volume_keys)
 
 
 def _opened(keyring: Keyring, key: bytes) -> tuple[int, bytes]:
@@ -316,21 +323,12 @@ def take_epochs(keyring: Keyring, keys: Keys, other: Keyring, *, random: Callabl
     under one number. Raises ReencryptError when there are too many.
     """
     document = _document(keyring, keys)
-    theirs, ours = renew(other, keys).secrets()[1], renew(keyring, keys).secrets()[1]
-    if any(ours.get(epoch, key) != key for epoch, key in theirs.items()):
-        raise KeyringDamagedError(
-            "it has another volume key for an epoch that both have", hint="The store was put back from a backup since."
-        )
+    both = keep_old(renew(keyring, keys), renew(other, keys)).secrets()[1]
+    ours = {e.epoch for e in keyring.epochs}
     for e in other.epochs:
         if e.epoch not in ours:
             wrapped = _epoch(
-                keyring.store_id,
-                keys.secrets()[0],
-                e.epoch,
-                theirs[e.epoch],
-                keyring.settings.cipher,
-                e.created,
-                random,
+                keyring.store_id, keys.secrets()[0], e.epoch, both[e.epoch], keyring.settings.cipher, e.created, random
             )
             document["epochs"].append(wrapped)
     document["epochs"].sort(key=lambda e: e["epoch"])

@@ -119,6 +119,7 @@ def mount(options: Options, keys: Keys, *, foreground: bool, worker: Sequence[st
     """
     check_store(options.store)
     check_mountpoint(options.store, options.mountpoint)
+    state.check_whole(options.store)
     if not options.read_only:
         check_available(options.cipher or keys.settings.cipher)
     options = replace(

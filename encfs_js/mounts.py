@@ -30,11 +30,12 @@ def mounts() -> list[MountEntry]:
             left, right = line.rstrip("\n").split(" - ", 1)
             fields, kind = left.split(" "), right.split(" ")
             options = {*fields[5].split(","), *kind[2].split(",")}
-            entries.append(MountEntry(fields[2], _unescape(fields[4]), kind[0], _unescape(kind[1]), "ro" in options))
+            entries.append(MountEntry(fields[2], unescape(fields[4]), kind[0], unescape(kind[1]), "ro" in options))
     return entries
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """Undo the escapes in a path of mountinfo."""
     return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
 
 

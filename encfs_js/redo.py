@@ -19,18 +19,18 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from encfs_js import steps
 from encfs_js.backing import FALLOC_FL_KEEP_SIZE
-from encfs_js.format import NONCE, PAGE, capacity, pages_for, plain_start
+from encfs_js.format import HEADER, NONCE, PAGE, DamagedPageError, capacity, pages_for, plain_start
 from encfs_js.sealed import RUN_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from encfs_js.backing import Backing
-    from encfs_js.sealed import FileKeys, SealedFile
+    from encfs_js.sealed import FileKeys
     from encfs_js.steps import Steps
 
 MAGIC: Final = b"ENCFSJSR"
@@ -39,7 +39,7 @@ _HEAD: Final = struct.Struct("<8sQQH")
 _MTIME: Final = struct.Struct("<q")
 _MAC_AT: Final = PAGE - 32
 _MTIME_AT: Final = _MAC_AT - _MTIME.size
-_LONGEST_PATH: Final = 4000
+LONGEST_PATH: Final = 4000
 _RUN: Final = 1 << 20
 
 
@@ -48,6 +48,21 @@ class UnfinishedError(OSError):
 
     Until then the file must not change, for the redo file would undo that.
     """
+
+
+class Source(Protocol):
+    """What can be sealed: a file that is open for reading and writing, and its plain bytes."""
+
+    @property
+    def fd(self) -> int:
+        """The file."""
+
+    @property
+    def size(self) -> int:
+        """Plain bytes."""
+
+    def read(self, offset: int, size: int) -> bytes | memoryview:
+        """Return up to `size` plain bytes from `offset`, fewer only at the end. Raises OSError, DamagedPageError."""
 
 
 class PlainFile:
@@ -75,7 +90,7 @@ class PlainFile:
         (self._io.fdatasync if datasync else self._io.fsync)(self.fd)
 
 
-def sealed_runs(source: PlainFile | SealedFile, keys: FileKeys) -> Iterator[memoryview]:
+def sealed_runs(source: Source, keys: FileKeys) -> Iterator[memoryview]:
     """Yield the pages of `source` sealed under a fresh file id, in runs of up to 1 MiB that are valid until the next."""
     cipher = keys.fresh()
     total = pages_for(source.size)
@@ -106,9 +121,7 @@ class Staged:
     mtime_ns: int
 
 
-def seal_in_place(
-    io: Backing, meta_fd: int, mac_key: bytes, source: PlainFile | SealedFile, path: bytes, keys: FileKeys
-) -> None:
+def seal_in_place(io: Backing, meta_fd: int, mac_key: bytes, source: Source, path: bytes, keys: FileKeys) -> None:
     """Replace the content of the open file `source` by its sealed form under a fresh id. `path`: its path in the store.
 
     Raises DamagedPageError and OSError before anything of the target was touched (ENOSPC), and UnfinishedError after.
@@ -121,7 +134,7 @@ def stage(
     io: Backing,
     meta_fd: int,
     mac_key: bytes,
-    source: PlainFile | SealedFile,
+    source: Source,
     path: bytes,
     keys: FileKeys,
     *,
@@ -133,14 +146,15 @@ def stage(
     mtime_ns: the one that the file is to have then, 0 for the time of the replacement. tally: gets the size of every part.
     Raises DamagedPageError and OSError, and then leaves nothing behind; nor does closing the generator.
     """
-    if len(path) > _LONGEST_PATH:
+    if len(path) > LONGEST_PATH:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     ino = io.fstat(source.fd).st_ino
     name = b"redo-%016x" % ino
     temporary = name + b".tmp"
     pages = pages_for(source.size)
     try:
-        io.fallocate(source.fd, FALLOC_FL_KEEP_SIZE, 0, pages * PAGE)
+        if pages:
+            io.fallocate(source.fd, FALLOC_FL_KEEP_SIZE, 0, pages * PAGE)
     except OSError as exc:
         if exc.errno != errno.EOPNOTSUPP:
             raise
@@ -164,6 +178,29 @@ def stage(
         discard(io, meta_fd, Staged(redo, name, 0, 0))
         raise
     return Staged(redo, name, pages, mtime_ns)
+
+
+def holds(io: Backing, staged: Staged, source: Source, keys: FileKeys) -> bool:
+    """Read a staged file back from the disk, and tell whether it authenticates and has what `source` has. Raises OSError."""
+    io.fadvise(staged.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    buffer, cipher, done = keys.buffer, None, 0
+    for first in range(0, staged.pages, buffer.pages):
+        count = min(buffer.pages, staged.pages - first)
+        sealed = buffer.sealed[: count * PAGE]
+        if io.preadv(staged.fd, [sealed], (1 + first) * PAGE) != len(sealed):
+            return False
+        cipher = cipher or keys.of(bytes(sealed[:PAGE]))
+        try:
+            length = cipher.open_run(buffer, first, count, staged.pages - 1) if cipher else 0
+        except DamagedPageError:
+            return False
+        start, last = plain_start(first), first + count - 1
+        end = plain_start(last) + (length if last == staged.pages - 1 else capacity(last))
+        at = HEADER if first == 0 else 0
+        if cipher is None or bytes(buffer.plain[at : at + end - start]) != bytes(source.read(start, end - start)):
+            return False
+        done = end
+    return done == source.size
 
 
 def discard(io: Backing, meta_fd: int, staged: Staged) -> None:
@@ -238,7 +275,7 @@ def _finish(io: Backing, redo: int, root_fd: int, mac_key: bytes) -> bytes | Non
         path = next(_named(io, root_fd, b"", ino), b"")
         if not path:
             return None
-    target = _open_target(io, root_fd, path)
+    target = open_target(io, root_fd, path)
     try:
         for at in range(0, pages * PAGE, _RUN):
             _copy_run(io, redo, target, pages, at)
@@ -249,8 +286,8 @@ def _finish(io: Backing, redo: int, root_fd: int, mac_key: bytes) -> bytes | Non
     return path
 
 
-def _open_target(io: Backing, root_fd: int, path: bytes) -> int:
-    """Open a file that has to be finished, also one of our own whose mode keeps even us out (opening.py).
+def open_target(io: Backing, root_fd: int, path: bytes) -> int:
+    """Open a file that has to be changed, also one of our own whose mode keeps even us out (opening.py).
 
     A crash between the two changes of the mode leaves it writable for its owner.
     """

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from encfs_js import jetstream, serverkeys, serverstate
 from encfs_js.errors import FormatError, WrongKeyError
+from encfs_js.format import MAGIC
 from encfs_js.natscodec import hash_key, highwayhash64
 
 if TYPE_CHECKING:
@@ -261,8 +262,9 @@ def _is_plain(io: Backing, directory: int, place: Place, raw: bytes, path: str) 
     try:
         match place.kind:
             case Kind.META:
-                checksum = _beside(io, directory, b"meta.sum")
-                jetstream.check_meta(raw, checksum or b"", place.label, path)
+                checksum = _beside(io, directory, b"meta.sum") or b""
+                if checksum[: len(MAGIC)] != MAGIC:  # sealed already, where the store is being sealed in place
+                    jetstream.check_meta(raw, checksum, place.label, path)
                 jetstream.parse_meta(raw, path)
             case Kind.CONSUMER:
                 serverstate.parse_consumer(raw, path)

@@ -8,17 +8,19 @@ import fcntl
 import hmac
 import json
 import os
+import shlex
 import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from encfs_js.backing import META, replace_file
-from encfs_js.errors import StoreBusyError
+from encfs_js.backing import META, replace_file, sync_directory
+from encfs_js.errors import ConversionError, StoreBusyError
 
 if TYPE_CHECKING:
     from encfs_js.keyring import Keys
 
+MARK: Final = "encrypting"
 _FORMAT: Final = "encfs_js state"
 _INFO: Final = b"encfs_js state mac v1"
 HOUR_NS: Final = 3600 * 10**9
@@ -104,6 +106,34 @@ def holder(store: str) -> dict[str, object] | None:
         return None
     finally:
         os.close(fd)
+
+
+# -- a store that nats-server had encrypted, while it is sealed in place (FORMAT.md 4.7)
+
+
+def is_half_sealed(store: str) -> bool:
+    """Tell whether a part of the store may still be as nats-server has encrypted it."""
+    return os.path.lexists(os.path.join(store, META, MARK))
+
+
+def check_whole(store: str) -> None:
+    """Raise ConversionError for a store that is not to be used before the rest of it is sealed."""
+    if is_half_sealed(store):
+        raise ConversionError(
+            f"{store}: only a part of it is sealed yet, the rest is as nats-server has encrypted it",
+            hint=f"encfs-js encrypt {shlex.quote(store)} --from server goes on.",
+        )
+
+
+def mark(store: str) -> None:
+    """Note, durably, that a part of the store is not sealed yet."""
+    replace_file(os.path.join(store, META), MARK, b"server\n")
+
+
+def unmark(store: str) -> None:
+    """Note, durably, that all of the store is sealed."""
+    os.unlink(os.path.join(store, META, MARK))
+    sync_directory(os.path.join(store, META))
 
 
 def load(store: str, keys: Keys) -> State:

@@ -12,14 +12,15 @@ import encfs_js
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
     __init__ errors logs mounts hygiene wire notify control fusemount journal resend spawn errands succession supervisor
-    format natscodec serverkeys jetstream serverstate
+    format natscodec serverkeys jetstream serverstate servernotes serverold
     backing serverstore steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
-    state guard tree reserve times opening files rewrite reencrypt sweep revive world gate pace reply fs background session worker
-    mount premount inspect verify cli_text cli_key cli_serverkey cli_keys cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd
-    cli_verify cli_reencrypt cli __main__
+    state inuse guard tree reserve times opening files rewrite reencrypt sweep revive world gate pace reply fs background session worker
+    mount premount meter pool inspect unsealing census holdings recordcheck serverwrite sides staging survey carry equal convert encrypt decrypt near impact loss filecheck verify metacheck servercheck cli_text cli_table cli_census cli_progress cli_key cli_serverkey cli_keys cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd
+    cli_servercheck cli_verify cli_reencrypt cli_encrypt cli_convert cli __main__
 """.split()  # noqa: SIM905
 FUSE = {"background", "fs", "gate", "pace", "reply", "session", "worker"}
 ONLY = {
+    "highwayhash": {"natscodec"},
     "pyfuse3": FUSE,
     "trio": FUSE,
     "click": {room for room in ROOMS if room.startswith("cli")},
