@@ -53,13 +53,14 @@ def needs_server(binary: str = BINARY) -> str:
 class Server:
     """A nats-server with JetStream on `store`; configuration, log and ports file lie in `work`.
 
-    sync: JetStream's sync_interval (None: the server's default); key, cipher: the server's own encryption at rest.
+    sync: JetStream's sync_interval (None: the server's default); key, prev_key, cipher: the server's own encryption at rest.
     """
 
     store: Path
     work: Path
     sync: str | None = None
     key: str | None = None
+    prev_key: str | None = None
     cipher: str | None = None
     binary: str = BINARY
     process: subprocess.Popen[bytes] | None = None
@@ -73,6 +74,8 @@ class Server:
             lines.append(f"sync_interval: {self.sync}")
         if self.key is not None:
             lines.append(f"key: {json.dumps(self.key)}")
+        if self.prev_key is not None:
+            lines.append(f"prev_key: {json.dumps(self.prev_key)}")
         if self.cipher is not None:
             lines.append(f"cipher: {self.cipher}")
         return (
