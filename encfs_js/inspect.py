@@ -1,7 +1,7 @@
 """Look at a store without a key: its keyring, and what the headers of its files say.
 
 Nothing here is authenticated: a header can be forged, a length can lie. `verify` is the room that proves
-something. The walk over a store's files, which both use, lives here.
+something. The walk over a store's files, which both use, lives here. `census` says whose the files are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from encfs_js.backing import META
 from encfs_js.format import HEADER, MAGIC, PAGE, Header, page_length, plain_size
@@ -114,7 +114,7 @@ class Group:
 
 @dataclass(slots=True)
 class Survey:
-    """What a store holds. foreign: (path, why) of what encfs_js would not have left there."""
+    """What a store holds. foreign: (path, why) of what encfs_js would not have left there. symlinks: their paths."""
 
     groups: dict[tuple[str, int], Group] = field(default_factory=dict)
     directories: int = 0
@@ -122,8 +122,18 @@ class Survey:
     plaintext_files: int = 0
     plaintext_bytes: int = 0
     others: Counter[str] = field(default_factory=Counter)
+    symlinks: list[bytes] = field(default_factory=list)
     foreign: list[tuple[bytes, str]] = field(default_factory=list)
     unreadable: list[tuple[bytes, str]] = field(default_factory=list)
+
+
+class Seen(NamedTuple):
+    """A regular file as its first and its last bytes show it. suite: None for one that is not sealed; plain: as claimed."""
+
+    size: int
+    plain: int
+    suite: str | None = None
+    epoch: int = 0
 
 
 _KINDS: Final = {
@@ -140,11 +150,19 @@ def kind_of(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "unknown")
 
 
-def survey(io: Backing, store: str, epochs: frozenset[int], *, plaintext: bool) -> Survey:
+def survey(
+    io: Backing,
+    store: str,
+    epochs: frozenset[int] | None,
+    *,
+    plaintext: bool,
+    each: Callable[[Entry, int, Seen | None], None] | None = None,
+) -> Survey:
     """Count a store's files by suite and epoch, from two short reads each.
 
-    epochs: those of the keyring. plaintext: whether the store may hold plaintext files. Raises OSError when it
-    cannot be opened.
+    epochs: those of the keyring, None without one. plaintext: whether the store may hold plaintext files. each: is told of every
+    directory (-1, None) and of every regular file: its descriptor, and what was seen of it; an OSError that it raises counts as
+    one of that file. Raises OSError when the store cannot be opened.
     """
     found = Survey()
 
@@ -155,15 +173,21 @@ def survey(io: Backing, store: str, epochs: frozenset[int], *, plaintext: bool) 
         mode = entry.status.st_mode
         if stat.S_ISDIR(mode):
             found.directories += 1
+            if each is not None:
+                each(entry, -1, None)
         elif not stat.S_ISREG(mode):
             found.others[kind_of(mode)] += 1
+            if stat.S_ISLNK(mode):
+                found.symlinks.append(entry.path)
         else:
             try:
                 fd = open_file(io, entry)
                 if fd is None:
                     continue
                 try:
-                    _count(io, fd, entry.path, found, epochs, plaintext=plaintext)
+                    seen = _count(io, fd, entry.path, found, epochs, plaintext=plaintext)
+                    if each is not None:
+                        each(entry, fd, seen)
                 finally:
                     io.close(fd)
             except OSError as problem:
@@ -171,33 +195,38 @@ def survey(io: Backing, store: str, epochs: frozenset[int], *, plaintext: bool) 
     return found
 
 
-def _count(io: Backing, fd: int, path: bytes, found: Survey, epochs: frozenset[int], *, plaintext: bool) -> None:
+def _count(io: Backing, fd: int, path: bytes, found: Survey, epochs: frozenset[int] | None, *, plaintext: bool) -> Seen:
     size = io.fstat(fd).st_size
     pages, rest = divmod(size, PAGE)
     start = bytearray(HEADER)
     start = start[: io.preadv(fd, [start], 0)]
     if not size:
         found.empty += 1
-        return
+        return Seen(0, 0)
     if start[: len(MAGIC)] != MAGIC:
         found.plaintext_files += 1
         found.plaintext_bytes += size
         if not plaintext:
             found.foreign.append((path, "not sealed, and plaintext is refused"))
-        return
+        return Seen(size, size)
     try:
         header = Header.parse(bytes(start))
     except ValueError:
         found.foreign.append((path, "its header is of no version that is known here"))
-        return
-    if header.epoch not in epochs:
+        return Seen(size, 0, "")
+    if epochs is None:
+        found.foreign.append((path, "sealed, and there is no keyring here"))
+    elif header.epoch not in epochs:
         found.foreign.append((path, f"sealed in epoch {header.epoch}, which the keyring does not have"))
     if rest:
         found.foreign.append((path, f"{rest} bytes behind the last whole page"))
     group = found.groups.setdefault((header.suite.label, header.epoch), Group())
     group.files += 1
     group.pages += pages
+    plain = 0
     if pages:
         last = bytearray(PAGE)
         if io.preadv(fd, [last], (pages - 1) * PAGE) == PAGE:
-            group.plain += plain_size(pages, page_length(memoryview(last), pages - 1))
+            plain = plain_size(pages, page_length(memoryview(last), pages - 1))
+            group.plain += plain
+    return Seen(size, plain, header.suite.label, header.epoch)
