@@ -153,6 +153,7 @@ def _encrypt(job: _Job, show: Show, look: Callable[[], None]) -> None:
                 f"{store} has sealed files in it ({shown(sealed)}) and no keyring",
                 hint="A new keyring could not read them. Put .encfs_js/keyring back from a backup of the store.",
             )
+        sealing.look(io, store, job.server_keys)  # what is refused leaves not even a directory behind
     with _alone(store):
         before = job.keys
         if job.is_store:
@@ -184,6 +185,8 @@ def _encrypt(job: _Job, show: Show, look: Callable[[], None]) -> None:
 
         sealing.seal_all(io, store, job.server_keys, file_keys, keys.derive(redo.INFO), progress, between)
         job.records = recordcheck.check(io, store, lambda entry: _content(io, entry, file_keys), look)
+        if not room.load(store, keys).began:
+            room.save(store, keys, room.State(clean=True, began=_now(), windows=()))  # that one is missing is to mean something
         if job.origin == "server":
             job.key_files, job.left_out = sealing.remove_keys(io, store)
             room.unmark(store)

@@ -101,7 +101,7 @@ class NotMountedError(EncfsError):
 
 
 class DamageFoundError(EncfsError):
-    """`verify` found pages that do not authenticate."""
+    """`verify` found damage: pages that do not authenticate, records that do not match."""
 
     exit_code = 22
 

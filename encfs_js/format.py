@@ -9,8 +9,10 @@ of page 0. So plain byte x stands at x + 32 of that row, and one divmod answers 
 from __future__ import annotations
 
 import struct
+from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import repeat
 from typing import Final
 
 from cryptography.exceptions import InternalError, InvalidTag, UnsupportedAlgorithm
@@ -35,6 +37,8 @@ MAX_PLAIN: Final = (MAX_PAGES - 1) * ROW - HEADER + ROW - 1
 _HEADER = struct.Struct("<8sBBHI16s")
 _AAD = struct.Struct("<32sQHH")
 _LENGTH = struct.Struct("<HH")
+_PREFIX = struct.Struct(f"<{NONCE}sHH{PAGE - PREFIX}x")
+_FULL = _LENGTH.pack(ROW, 0)
 _FEW_PAGES = 8  # up to here a nonce a page is cheaper than the 12 strided assignments (1.4 us)
 
 
@@ -199,6 +203,31 @@ class PageBuffer:
         self.row = [self.plain[at : at + ROW] for at in range(0, pages * ROW, ROW)]
 
 
+class CheckBuffer(PageBuffer):
+    """A page buffer with room for what the pages of a run authenticate besides themselves, for `FileCipher.check_run`."""
+
+    __slots__ = ("_aads", "aad")
+
+    def __init__(self, pages: int) -> None:
+        super().__init__(pages)
+        self._aads = bytearray(pages * _AAD.size)
+        view = memoryview(self._aads)
+        self.aad = [view[at : at + _AAD.size] for at in range(0, len(view), _AAD.size)]
+
+    def prepare(self, packed: bytes, first: int, count: int, start: int, end: int) -> bool:
+        """Fill in `aad` for a run whose first page is `first`. Returns whether pages start..end say they are full."""
+        raw = self.sealed.obj
+        assert isinstance(raw, bytearray)
+        for at, byte in enumerate(_FULL, start * PAGE + NONCE):
+            if raw[at : end * PAGE : PAGE] != bytes([byte]) * (end - start):
+                return False
+        self._aads[: count * _AAD.size] = (packed + bytes(8) + _FULL) * count
+        numbers = struct.pack(f"<{count}I", *range(first, first + count))
+        for j in range(4):
+            self._aads[HEADER + j : count * _AAD.size : _AAD.size] = numbers[j::4]
+        return True
+
+
 class FileCipher:
     """The cipher of one sealed file: its header and its file key. Raises CipherMissingError.
 
@@ -296,6 +325,38 @@ class FileCipher:
                 unseal(nonce[i], body[i], aad(packed, page, length, zero), row[i])
                 if zero or length > ROW or (page == last_page and length == ROW):
                     raise DamagedPageError(page)
+        except InvalidTag:
+            raise DamagedPageError(page) from None
+        return int(length)
+
+    def check_run(self, buffer: CheckBuffer, first: int, count: int, last_page: int) -> int:
+        """Authenticate a run as `open_run` does, returning and raising the same, without keeping what the pages hold.
+
+        For full pages no line of Python runs between two calls of the cipher: 50 ns a page on top of AES's 680, where
+        `open_run` takes 170 (measured).
+        """
+        start, end = (1 if first == 0 else 0), min(count, last_page - first)
+        if start:
+            length = self.open_run(buffer, 0, 1, last_page)
+        unseal, row = self._aead.decrypt_into, buffer.row[0]
+        if end - start > _FEW_PAGES and buffer.prepare(self.packed, first, count, start, end):
+            try:
+                each = map(unseal, buffer.nonce[start:end], buffer.body[start:end], buffer.aad[start:end], repeat(row))
+                deque(each, maxlen=0)
+            except InvalidTag:
+                pass  # one of them: which one is found below
+            else:
+                start, length = end, ROW
+        page, packed, aad = first + start, self.packed, _AAD.pack
+        prefixes = _PREFIX.iter_unpack(buffer.sealed[start * PAGE : count * PAGE])
+        try:
+            for (nonce, length, zero), body in zip(prefixes, buffer.body[start:count], strict=True):
+                if length != ROW and page != last_page:
+                    raise DamagedPageError(page)
+                unseal(nonce, body, aad(packed, page, length, zero), row)
+                if zero or length > ROW or (page == last_page and length == ROW):
+                    raise DamagedPageError(page)
+                page += 1
         except InvalidTag:
             raise DamagedPageError(page) from None
         return int(length)

@@ -1,28 +1,26 @@
-"""Authenticate every page of every file of a store, and name what is damaged by file and page.
+"""Authenticate every page of every file of a store; name what is damaged by file and page, and by what is lost with it.
 
 Reads only. A store that is mounted and in use can be verified, too: a page that fails is read again, and called
 damaged only when it fails every time. What is written during the walk is seen in its old or its new state.
 
-One thread, on purpose: a second one makes it slower (on two cores aes 3.4 and 2.0 GiB/s, chachapoly 1.4 and 1.0),
+By processes, not by threads: a second thread makes it slower (on two cores aes 3.4 and 2.0 GiB/s, chachapoly 1.4 and 1.0),
 because the cipher gives up the interpreter's lock for too short a time.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import re
-import stat
 import time
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field, fields
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
-from encfs_js.backing import META
-from encfs_js.crash import pages_to_keep
-from encfs_js.format import MAGIC, PAGE, DamagedPageError, FileCipher, Suite, capacity, plain_size, refused_suite
-from encfs_js.inspect import open_file, walk
-from encfs_js.sealed import RUN_PAGES, FileKeys
+from encfs_js import filecheck, impact, loss
+from encfs_js.format import CheckBuffer, Suite, plain_size, plain_start
+from encfs_js.meter import Meter
+from encfs_js.near import Near, portions, totals
+from encfs_js.pool import pool
+from encfs_js.sealed import FileKeys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,30 +28,30 @@ if TYPE_CHECKING:
     from encfs_js.backing import Backing
     from encfs_js.keyring import Keys
 
-# A page that fails is looked at again until it stays the same for a pause of so many seconds: a writer is between two of
-# its system calls for far less than that.
-_LOOKS: Final = 10
-_PAUSE: Final = 0.02
-# A file that is rewritten under the mount: so many times a pause of so many seconds; a gigabyte takes 4 s.
-_REWRITES: Final = 100
-_REWRITE: Final = 0.1
-_REDO: Final = re.compile(rb"redo-([0-9a-f]{16})")
-
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A run of damaged pages of one file. path: in the store; page: the first one; pages: how many in a row."""
+    """A run of damaged pages of one file. path: in the store; page: the first one; pages: how many in a row.
+
+    plain: it is a plain file, in a store that refuses those. subject: what the file is. lost: of a message block, the
+    sequences that may be lost with these pages.
+    """
 
     path: bytes
     page: int
     pages: int
+    plain: bool = field(default=False, compare=False)
+    subject: impact.Subject = field(default=impact.Subject(""), compare=False)
+    lost: impact.Lost | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
 class Report:
     """What `verify` found.
 
-    files: all regular files, the `empty` and the plaintext ones included. suites, epochs: files by their header.
+    files: all regular files, the `empty` and the plaintext ones included. suites, epochs: files by their header. plain: bytes
+    in sealed files. plaintext: (path, bytes) of files that are not sealed, where that is allowed and where it is damage.
+    plaintext_files, plaintext_bytes: those that are allowed.
     crashed: (path, page) of files at whose end an unclean stop left a trace: from that page on nothing was ever
     synced. unfinished: files whose rewriting was interrupted; the next mount finishes it. unreadable: (path, why)
     of what the operating system did not show. refused: a suite that files have, and that the OpenSSL of this host refuses; they
@@ -72,7 +70,28 @@ class Report:
     crashed: list[tuple[bytes, int]] = field(default_factory=list)
     unfinished: list[bytes] = field(default_factory=list)
     unreadable: list[tuple[bytes, str]] = field(default_factory=list)
+    plaintext: list[tuple[bytes, int]] = field(default_factory=list)
     refused: Suite | None = None
+
+    def add(self, other: Report) -> None:
+        """Take in what another report says of other files."""
+        for each in fields(self):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, Counter):
+                mine.update(more)
+            elif isinstance(mine, list):
+                mine.extend(more)
+            elif isinstance(mine, int) and not isinstance(mine, Suite):
+                setattr(self, each.name, mine + more)
+            else:
+                setattr(self, each.name, mine or more)
+
+    def sort(self) -> None:
+        """Bring everything into the order of the walk."""
+        self.damage.sort(key=lambda damage: (damage.path.split(b"/"), damage.page))
+        self.unfinished.sort(key=lambda path: path.split(b"/"))
+        for found in (self.crashed, self.unreadable, self.plaintext):
+            found.sort(key=lambda entry: entry[0].split(b"/"))
 
 
 def verify(
@@ -84,90 +103,171 @@ def verify(
     newer: Callable[[], Keys] | None = None,
     busy: bool = False,
     sleep: Callable[[float], None] = time.sleep,
+    jobs: int = 1,
+    meter: Meter | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
     """Authenticate a store.
 
     touched: ctime in ns -> does the crash rule apply to such a file? newer: the keys as they are now, when an epoch turns up
-    that `keys` have not. busy: somebody has the store mounted. Raises OSError when the store cannot be opened.
+    that `keys` have not. busy: somebody has the store mounted. jobs: processes; with more than one they are forked, and this
+    process must have no other thread. meter: counts the bytes that were read, and holds the rate; it must have as many
+    counters. show: told now and then how far it is, in the words of reencrypt.Progress. Raises OSError when the store cannot
+    be opened, StoreIoError when a process dies.
     """
     report = Report()
-    settings = keys.settings
-
-    def volume_key(epoch: int) -> bytes:
-        nonlocal keys
-        try:
-            return keys.volume_key(epoch)
-        except KeyError:
-            if newer is None:
-                raise
-            keys = newer()
-            return keys.volume_key(epoch)
-
-    file_keys = FileKeys(volume_key, settings.cipher, settings.epoch)
+    meter = meter or Meter(jobs)
+    check = _Check(io, store, keys, touched=touched, newer=newer, busy=busy, sleep=sleep, done=meter.add)
 
     def failed(path: bytes, problem: OSError) -> None:
         report.unreadable.append((path, problem.strerror or "unreadable"))
 
-    for entry in walk(io, store, failed):
-        if not stat.S_ISREG(entry.status.st_mode):
-            continue
-        try:
-            fd = open_file(io, entry)
-            if fd is None:
-                continue
-            try:
-                status = io.fstat(fd)
-                file = _File(io, fd, file_keys, sleep)
-                crashed = touched(status.st_ctime_ns) and file.is_ours()
-                report.files += 1
-                if file.refused is not None:
-                    report.refused = file.refused
-                    report.unreadable.append((entry.path, f"the OpenSSL of this host refuses {file.refused.label}"))
-                elif settings.plaintext == "read" and file.is_plaintext() and not crashed:
-                    report.plaintext_files += 1
-                    report.plaintext_bytes += status.st_size
-                else:
-                    damaged, redo = _checked(io, store, fd, file, busy=busy, sleep=sleep)
-                    _judge(report, entry.path, file, damaged, touched=crashed, redo=redo)
-            finally:
-                io.close(fd)
-        except OSError as problem:
-            failed(entry.path, problem)
+    try:
+        with pool(check.paths, jobs, meter.take) as spread:
+            progress = {"state": "verifying"} | (totals(io, store) if show is not None else {})
+            for part in spread(portions(io, store, failed)):
+                report.add(part)
+                if show is not None:
+                    show(progress | {"files_done": report.files, "bytes_done": meter.total})
+    finally:
+        check.close()
+    report.sort()
     return report
 
 
-def _unfinished(io: Backing, store: str) -> frozenset[int]:
-    """Return the inode numbers of files whose rewriting a crash interrupted (FORMAT.md section 4.4)."""
-    meta = io.open(os.path.join(store, META), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        found = [_REDO.fullmatch(name) for name in io.listdir(meta)]
-    finally:
-        io.close(meta)
-    return frozenset(int(match[1], 16) for match in found if match)
+class _Check:
+    """What the check of a file needs; in a process that was forked it is a copy."""
+
+    def __init__(
+        self,
+        io: Backing,
+        store: str,
+        keys: Keys,
+        *,
+        touched: Callable[[int], bool],
+        newer: Callable[[], Keys] | None,
+        busy: bool,
+        sleep: Callable[[float], None],
+        done: Callable[[int], None],
+    ) -> None:
+        self._io = io
+        self._store = store
+        self._keys = keys
+        self._newer = newer
+        self._touched = touched
+        self._busy = busy
+        self._sleep = sleep
+        self._done = done
+        self._file_keys = FileKeys(self._volume_key, keys.settings.cipher, keys.settings.epoch)
+        self._buffer = CheckBuffer(filecheck.RUN)
+        self._near = Near(io, store)
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._near.close()
+
+    def _volume_key(self, epoch: int) -> bytes:
+        try:
+            return self._keys.volume_key(epoch)
+        except KeyError:
+            if self._newer is None:
+                raise
+            self._keys = self._newer()
+            return self._keys.volume_key(epoch)
+
+    def paths(self, paths: list[bytes]) -> Report:
+        """Check files; what went away is left out."""
+        report = Report()
+        for path in paths:
+            try:
+                fd = self._near.file(path)
+                if fd is None:
+                    continue
+                try:
+                    self._file(report, path, fd)
+                finally:
+                    self._io.close(fd)
+            except OSError as problem:
+                report.unreadable.append((path, problem.strerror or "unreadable"))
+        self._near.leave()
+        return report
+
+    def _file(self, report: Report, path: bytes, fd: int) -> None:
+        status = self._io.fstat(fd)
+        file = filecheck.File(self._io, fd, self._file_keys, self._buffer, self._sleep, self._done)
+        crashed = self._touched(status.st_ctime_ns) and file.is_ours()
+        report.files += 1
+        allowed = self._keys.settings.plaintext == "read"
+        plain = file.refused is None and not crashed and file.is_plaintext()
+        if plain:
+            report.plaintext.append((path, status.st_size))
+        if file.refused is not None:
+            report.refused = file.refused
+            report.unreadable.append((path, f"the OpenSSL of this host refuses {file.refused.label}"))
+        elif plain and allowed:
+            report.plaintext_files += 1
+            report.plaintext_bytes += status.st_size
+        else:
+            damaged, redo = filecheck.checked(self._io, self._store, fd, file, busy=self._busy, sleep=self._sleep)
+            damaged = _judge(report, path, file, damaged, touched=crashed, redo=redo)
+            if damaged:
+                lost = None if plain else self._lost(path, file, damaged, status.st_mtime_ns)
+                _put_down(report, path, damaged, lost, plain=plain)
+
+    def _lost(self, path: bytes, file: filecheck.File, damaged: list[int], mtime: int) -> list[impact.Lost] | None:
+        """Return what is lost with each run of damaged pages of a message block; None for another file."""
+        about = impact.subject(path)
+        if about.block is None or about.what:
+            return None
+        runs = filecheck.runs(damaged)
+        source = loss.Source(self._read, self._near.names)
+        if file.cipher is None:  # nothing in it can be read
+            return loss.of_block(source, path, mtime, b"", [(0, 1)]) * len(runs)
+        try:
+            content, holes = file.plain(damaged, loss.MOST)
+        except OSError:
+            return [impact.UNKNOWN] * len(runs)
+        if [start for start, _ in holes] != [plain_start(first) for first, _ in runs]:
+            return [impact.UNKNOWN] * len(runs)  # somebody writes to it
+        return loss.of_block(source, path, mtime, memoryview(content), holes)
+
+    def _read(self, path: bytes) -> tuple[bytes, int] | None:
+        """Return the plain bytes of a file of the store and its mtime; None when it is damaged, or not there."""
+        try:
+            fd = self._near.file(path)
+            if fd is None:
+                return None
+            try:
+                file = filecheck.File(self._io, fd, self._file_keys, self._buffer, self._sleep, lambda _: None)
+                mtime = self._io.fstat(fd).st_mtime_ns
+                if file.check():
+                    return None
+                content, holes = file.plain([], loss.MOST)
+            finally:
+                self._io.close(fd)
+        except OSError:
+            return None
+        return None if holes else (bytes(content), mtime)
 
 
-def _checked(
-    io: Backing, store: str, fd: int, file: _File, *, busy: bool, sleep: Callable[[float], None]
-) -> tuple[list[int], bool]:
-    """Return a file's damaged pages, and whether its rewriting is unfinished; what is being rewritten is waited for."""
-    for _ in range(_REWRITES):
-        before = io.fstat(fd)
-        damaged = file.check()
-        redo = bool(damaged) and before.st_ino in _unfinished(io, store)
-        after = io.fstat(fd)
-        changed = (before.st_size, before.st_ctime_ns) != (after.st_size, after.st_ctime_ns)
-        if not damaged or not busy or not (redo or changed):
-            break
-        sleep(_REWRITE)
-        file.measure()
-    return damaged, redo
+def _put_down(report: Report, path: bytes, damaged: list[int], lost: list[impact.Lost] | None, *, plain: bool) -> None:
+    about, runs = impact.subject(path), filecheck.runs(damaged)
+    report.damage += [
+        Damage(path, first, count, plain, about, sequences)
+        for (first, count), sequences in zip(runs, lost or repeat(None), strict=False)
+    ]
 
 
-def _judge(report: Report, path: bytes, file: _File, damaged: list[int], *, touched: bool, redo: bool) -> None:
-    """Put down what was found in a file. touched: the crash rule applies to it. redo: its rewriting is unfinished."""
+def _judge(
+    report: Report, path: bytes, file: filecheck.File, damaged: list[int], *, touched: bool, redo: bool
+) -> list[int]:
+    """Put down what was found in a file, and return the pages that are damaged.
+
+    touched: the crash rule applies to it. redo: its rewriting is unfinished.
+    """
     if not file.pages:
         report.empty += 1
-        return
+        return []
     report.pages += file.whole
     report.plain += plain_size(file.whole, file.last_length)
     if file.cipher is not None:
@@ -175,141 +275,11 @@ def _judge(report: Report, path: bytes, file: _File, damaged: list[int], *, touc
         report.epochs[file.cipher.header.epoch] += 1
     if damaged and redo:
         report.unfinished.append(path)
-        return
+        return []
     if damaged and touched:
         keep = file.pages_to_keep()
         real = [page for page in damaged if page < keep and page not in file.short]
         if real != damaged:
             report.crashed.append((path, keep))
         damaged = real
-    report.damage += [Damage(path, first, count) for first, count in _runs(damaged)]
-
-
-def _runs(pages: list[int]) -> list[tuple[int, int]]:
-    """Join ascending numbers to (first, count) runs."""
-    runs: list[tuple[int, int]] = []
-    for page in pages:
-        if runs and page == sum(runs[-1]):
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((page, 1))
-    return runs
-
-
-class _File:
-    """One file during its check.
-
-    whole, rest: its pages and the bytes behind them. short: pages that are authentic, not full and not the last.
-    last_length: of the last page; 0 when that is damaged.
-    """
-
-    def __init__(self, io: Backing, fd: int, keys: FileKeys, sleep: Callable[[float], None]) -> None:
-        self._io = io
-        self._fd = fd
-        self._keys = keys
-        self._sleep = sleep
-        self._pause = _PAUSE
-        self.short: set[int] = set()
-        self.last_length = 0
-        self.measure()
-
-    def measure(self) -> None:
-        """Take size and header as they are now."""
-        self.whole, self.rest = divmod(self._io.fstat(self._fd).st_size, PAGE)
-        self._start = self._page(0)
-        self.cipher: FileCipher | None = self._keys.of(self._start)
-        self.refused = refused_suite(self._start) if self.cipher is None else None
-
-    @property
-    def pages(self) -> int:
-        """The pages, with the one that the end of the file cuts."""
-        return self.whole + (self.rest > 0)
-
-    def _page(self, page: int) -> bytes:
-        raw = bytearray(PAGE)
-        return bytes(raw[: self._io.preadv(self._fd, [raw], page * PAGE)])
-
-    def is_plaintext(self) -> bool:
-        """Tell whether the file has content and does not begin as a sealed one."""
-        return bool(self._start) and self._start[: len(MAGIC)] != MAGIC
-
-    def is_ours(self) -> bool:
-        """Tell whether the crash rule is for this file: it begins as a sealed one, as far as it goes, or with zeros."""
-        return self._start[: len(MAGIC)] == MAGIC[: len(self._start)] or not self._start.strip(b"\0")
-
-    def pages_to_keep(self) -> int:
-        """Return how many leading pages the crash rule keeps."""
-        return pages_to_keep(self._io, self._fd, self.cipher, self.whole, self.rest)
-
-    def check(self) -> list[int]:
-        """Return, ascending, every page that a reader must refuse; of a file with a bad header, only both ends."""
-        damaged: list[int] = []
-        page = singly = 0
-        while page < self.pages:
-            run = 1 if page < singly else RUN_PAGES
-            try:
-                page += self._open(page, run)
-                continue
-            except DamagedPageError as problem:
-                page = problem.page
-            except OSError as problem:
-                if problem.errno != errno.EIO:
-                    raise
-                if run > 1:
-                    singly = page + run  # the disk cannot read some page of this run: find out which
-                    continue
-            if self._settles(page):
-                continue
-            self.last_length = 0
-            if self.cipher is None:
-                return [0, self.whole] if self.rest and self.whole else [0]
-            damaged.append(self._refused(page))
-            page += 1
-        return damaged
-
-    def _open(self, page: int, count: int) -> int:
-        """Authenticate up to `count` pages; return how many were there. Raises DamagedPageError, OSError."""
-        buffer, count = self._keys.buffer, min(count, self.whole - page)
-        if count > 0:
-            count = self._io.preadv(self._fd, [buffer.sealed[: count * PAGE]], page * PAGE) // PAGE
-        if count <= 0 or self.cipher is None:
-            raise DamagedPageError(page)
-        self.last_length = self.cipher.open_run(buffer, page, count, self.pages - 1)
-        return count
-
-    def _settles(self, page: int) -> bool:
-        """Look at a page that failed until it is sound, or gone, or stays as it is."""
-        seen = None
-        for _ in range(_LOOKS):
-            now = self._glance(page)
-            if now == seen:
-                self._pause = 0  # damage that stays is in this file: no need to wait at each of its pages
-                return False
-            seen = now
-            self._sleep(self._pause)
-            self.measure()
-            try:
-                if page >= self.pages or self._open(page, 1):
-                    return True
-            except (DamagedPageError, OSError):
-                continue
-        return False
-
-    def _glance(self, page: int) -> tuple[int, int, bytes]:
-        try:
-            return self.whole, self.rest, self._page(page)
-        except OSError:
-            return self.whole, self.rest, b""
-
-    def _refused(self, page: int) -> int:
-        """Return where a reader refuses the page that failed: one further on when the end mark behind it is missing."""
-        try:
-            raw = self._page(page)
-        except OSError:
-            return page
-        length = self.cipher.authentic(raw, page) if self.cipher and len(raw) == PAGE else None
-        if length == capacity(page):
-            return page + 1 if page == self.whole - 1 else page
-        if length is not None:
-            self.short.add(page)
-        return page
+    return damaged
