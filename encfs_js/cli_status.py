@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from encfs_js import control, guard, keystore, state
+from encfs_js import control, guard, keystore, presence, state
 from encfs_js.cli_guard import closed_as_json
 from encfs_js.cli_text import plural, shown
 from encfs_js.errors import EncfsError, MountBusyError, MountFailedError, NotMountedError
-from encfs_js.mounts import FS_TYPE, MountEntry, find, mounts
+from encfs_js.mounts import FS_TYPE, VIEW_TYPE, MountEntry, find, mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_OURS: Final = (FS_TYPE, VIEW_TYPE)
 _UMOUNT_NOFOLLOW: Final = 8
 _PATIENCE_MS: Final = 2000
 
@@ -31,7 +32,7 @@ _PATIENCE_MS: Final = 2000
 @click.argument("mountpoint")
 def umount(mountpoint: str) -> None:
     """Unmount MOUNTPOINT, and wait until all is in STORE."""
-    entry = find(mountpoint)
+    entry = find(mountpoint, _OURS)
     if entry is None:
         raise NotMountedError(
             f"{mountpoint}: no encfs_js store is mounted there",
@@ -82,14 +83,21 @@ def _daemon(entry: MountEntry) -> Iterator[int | None]:
     """Hold on to the process that serves the mount: a pidfd, or None when it is not known or runs elsewhere."""
     fd = None
     with contextlib.suppress(OSError, ValueError, TypeError):
-        holder = state.holder(entry.source)
-        if holder and holder.get("mountpoint") == entry.mountpoint and holder.get("host") == os.uname().nodename:
-            fd = os.pidfd_open(int(str(holder.get("pid"))))
+        pid = presence.server_of(entry) if entry.fs_type == VIEW_TYPE else _holder(entry)
+        if pid is not None:
+            fd = os.pidfd_open(pid)
     try:
         yield fd
     finally:
         if fd is not None:
             os.close(fd)
+
+
+def _holder(entry: MountEntry) -> int | None:
+    holder = state.holder(entry.source)
+    if holder and holder.get("mountpoint") == entry.mountpoint and holder.get("host") == os.uname().nodename:
+        return int(str(holder.get("pid")))
+    return None
 
 
 def _wait_for(daemon: int | None) -> None:
@@ -135,9 +143,9 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     Without MOUNTPOINT: of all mounts. Needs no key, and never waits for a mount that hangs.
     """
     if mountpoint is None:
-        entries = [entry for entry in mounts() if entry.fs_type == FS_TYPE]
+        entries = [entry for entry in mounts() if entry.fs_type in _OURS]
     else:
-        entry = find(mountpoint)
+        entry = find(mountpoint, _OURS)
         if entry is None:
             raise NotMountedError(
                 f"{mountpoint}: no encfs_js store is mounted there",
@@ -172,6 +180,9 @@ def _facts(entry: MountEntry) -> dict[str, Any]:
             "problem",
         )
     )
+    mounted = {"mountpoint": entry.mountpoint, "store": entry.source, "read_only": entry.read_only}
+    if entry.fs_type == VIEW_TYPE:
+        return {**mounted, "kind": "view", **facts, **_facts_of_view(entry)}
     try:
         holder = state.holder(entry.source)
         facts["serving"] = holder is not None
@@ -186,7 +197,14 @@ def _facts(entry: MountEntry) -> dict[str, Any]:
         facts["problem"] = warning or None
     except (OSError, ValueError, EncfsError) as problem:
         facts["problem"] = str(problem)
-    return {"mountpoint": entry.mountpoint, "store": entry.source, "read_only": entry.read_only, **facts}
+    return {**mounted, "kind": "mount", **facts}
+
+
+def _facts_of_view(entry: MountEntry) -> dict[str, Any]:
+    pid = presence.server_of(entry)
+    if pid is None:
+        return {"serving": presence.answers(entry.mountpoint)}
+    return {"serving": True, "pid": pid, "since": presence.since(pid)}
 
 
 def _workers(entry: MountEntry) -> dict[str, Any]:
@@ -201,13 +219,16 @@ def _workers(entry: MountEntry) -> dict[str, Any]:
 def _print_facts(facts: dict[str, Any]) -> None:
     serving = {
         None: "unknown",
-        True: f"process {facts['pid']} since {facts['since']}",
+        True: f"process {facts['pid']} since {facts['since']}" if facts["pid"] else "unknown, and it answers",
         False: "nobody serves it: the daemon has died. encfs-js umount, then mount it again",
     }
+    view = facts["kind"] == "view"
     lines = [
-        ("store", shown(facts["store"]) + (" (read-only)" if facts["read_only"] else "")),
+        ("store", shown(facts["store"]) + (" (read-only)" if facts["read_only"] and not view else "")),
         ("daemon", serving[facts["serving"]]),
     ]
+    if view:
+        lines.insert(1, ("view", "what nats-server has encrypted, in the clear and read-only"))
     if facts["takeovers"] is not None:
         times = f", taken over {plural(facts['takeovers'], 'time')}" if facts["takeovers"] else ""
         lines.append(("worker", f"process {facts['worker']}{times}" if facts["worker"] else f"being replaced{times}"))

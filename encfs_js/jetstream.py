@@ -177,6 +177,12 @@ def record_length(block: Bytes, at: int) -> int | None:
     return length if _RECORD.size + subject_length + HASH + 4 * has_header <= length <= MAX_RECORD else None
 
 
+def sequence_of(block: Bytes, at: int) -> int:
+    """Return the sequence of the record at `at`, which has to be one by its length."""
+    sequence: int = _RECORD.unpack_from(block, at)[1]
+    return sequence & ~(_ERASED | _TOMBSTONE)
+
+
 def find_record(block: Bytes, name: str, start: int) -> Record | None:
     """Return the first record from `start` on that is whole and matches its hash; `name` is the block's `block_name`.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from encfs_js import errors, keymemory, keyring, keystore, notify, state
 from encfs_js.errors import EncfsError, MountFailedError, MountpointError, NotAStoreError, StoreUnsuitableError
 from encfs_js.format import check_available
-from encfs_js.mounts import FS_TYPE, find_store, mounts
+from encfs_js.mounts import FS_TYPE, VIEW_TYPE, find_store, mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +86,7 @@ def check_mountpoint(store: str, mountpoint: str) -> None:
     ):
         if inner == outer or inner.startswith(outer.rstrip("/") + "/"):
             raise MountpointError(f"{mountpoint} {text} {store}", hint="name two directories side by side")
-    if any(m.mountpoint == real_mountpoint and m.fs_type == FS_TYPE for m in mounts()):
+    if any(m.mountpoint == real_mountpoint and m.fs_type in {FS_TYPE, VIEW_TYPE} for m in mounts()):
         raise MountpointError(f"{mountpoint} is mounted already", hint=f"encfs-js umount {mountpoint}")
     if names:
         raise MountpointError(

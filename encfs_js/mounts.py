@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import re
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 log: Final = logging.getLogger("encfs_js")
 FS_TYPE: Final = "fuse.encfs_js"
+VIEW_TYPE: Final = "fuse.encfs_js_view"  # shows what nats-server has encrypted, read-only
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 
 class MountEntry(NamedTuple):
-    """One mounted file system. device: "major:minor"; source: for ours, the store's path."""
+    """One mounted file system. device: "major:minor"; source: for ours, the store's path; user: who serves it, of FUSE."""
 
     device: str
     mountpoint: str
     fs_type: str
     source: str
     read_only: bool
+    user: int | None = None
 
 
 def mounts() -> list[MountEntry]:
@@ -30,7 +35,10 @@ def mounts() -> list[MountEntry]:
             left, right = line.rstrip("\n").split(" - ", 1)
             fields, kind = left.split(" "), right.split(" ")
             options = {*fields[5].split(","), *kind[2].split(",")}
-            entries.append(MountEntry(fields[2], unescape(fields[4]), kind[0], unescape(kind[1]), "ro" in options))
+            user = next((int(o[8:]) for o in options if o.startswith("user_id=")), None)
+            entries.append(
+                MountEntry(fields[2], unescape(fields[4]), kind[0], unescape(kind[1]), "ro" in options, user)
+            )
     return entries
 
 
@@ -39,8 +47,8 @@ def unescape(text: str) -> str:
     return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
 
 
-def find(mountpoint: str) -> MountEntry | None:
-    """Return the mount of ours that is in sight at `mountpoint`, or None. Does not touch the mount."""
+def find(mountpoint: str, types: Collection[str] = (FS_TYPE,)) -> MountEntry | None:
+    """Return the mount of ours, of one of these types, that is in sight at `mountpoint`, or None. Does not touch the mount."""
     plain = os.path.abspath(mountpoint)
     # The last part of the path is left alone if it can be: to look at a mountpoint is to ask who serves it.
     parent, name = os.path.split(plain)
@@ -48,10 +56,10 @@ def find(mountpoint: str) -> MountEntry | None:
     for path in (os.path.join(os.path.realpath(parent), name), plain):
         there = [entry for entry in table if entry.mountpoint == path]
         if there:
-            return there[-1] if there[-1].fs_type == FS_TYPE else None
+            return there[-1] if there[-1].fs_type in types else None
     real = os.path.realpath(plain)
     there = [entry for entry in table if entry.mountpoint == real]
-    return there[-1] if there and there[-1].fs_type == FS_TYPE else None
+    return there[-1] if there and there[-1].fs_type in types else None
 
 
 def mountpoint_of(device: str) -> str:

@@ -6,13 +6,15 @@ Of what is encrypted this room gives out what it decrypts to; meta.sum and the h
 the disk, are made anew for the plain ones. Everything else is given out as it lies there.
 
 Blocks are not authenticated: a block counts as decrypted when a whole record (or the head of a compressed block) shows up
-in its first bytes. What is changed further on is for the reader of the records to notice, as it is for nats-server.
+in its first bytes. What is changed further on is for the reader of the records to notice, as it is for nats-server. But
+records that some of its versions appended in the clear, before the first read after a start, are given out as such.
 
 Nothing is followed: names are opened below an open directory, without symlinks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
@@ -33,9 +35,13 @@ if TYPE_CHECKING:
     from encfs_js.serverkeys import Asset, Keystream, Seed
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_HEAD: Final = (
-    1 << 16
-)  # bytes of a block that are looked at to tell whether it is encrypted, and a record that ends behind
+# Bytes of a block that are looked at to tell whether it is encrypted, and a record that ends behind.
+_HEAD: Final = 1 << 16
+_MOST: Final = (
+    1 << 30
+)  # bytes of a file that is read whole; nats-server's index.db of 10 million subjects has a half of it
+_MOST_BESIDE: Final = 4096  # bytes that are read of a key file or a meta.sum, which have 72 at most
+_NEAR: Final = 1 << 32  # by how much the sequences of two records in a row differ at most
 _BLOCK: Final = re.compile(rb"(\d+)\.(blk|new|key|idx)")
 _MSGS: Final = frozenset({b"msgs", b"__msgs__", b"__new_msgs__"})
 _JSON: Final = b"{"
@@ -130,7 +136,7 @@ class Content:
     damage: None, as everything that is given out could be read.
     """
 
-    __slots__ = ("_data", "_io", "_stream", "damage", "fd", "key", "size", "suite")
+    __slots__ = ("_clear", "_data", "_io", "_stream", "damage", "fd", "key", "size", "suite")
 
     def __init__(
         self, io: Backing, fd: int, seed: Seed | None, *, data: bytes | None = None, stream: Keystream | None = None
@@ -139,6 +145,7 @@ class Content:
         self.fd = fd
         self._data = data
         self._stream = stream
+        self._clear: tuple[tuple[int, int], ...] = ()
         self.suite: Suite | None = seed.suite if seed is not None else None
         self.key = seed.key if seed is not None else 0
         self.size = io.fstat(fd).st_size if data is None else len(data)
@@ -149,18 +156,32 @@ class Content:
         if self._data is not None:
             return memoryview(self._data)[offset : offset + size]
         raw = _read(self._io, self.fd, offset, min(size, max(self.size - offset, 0)))
-        return raw if self._stream is None else self._stream.xor(raw, offset)
+        if self._stream is None:
+            return raw
+        plain = self._stream.xor(raw, offset)
+        for start, end in self._clear:
+            first, last = max(start - offset, 0), min(end - offset, len(raw))
+            if first < last:
+                plain = plain[:first] + raw[first:last] + plain[last:]
+        return plain
+
+    def except_for(self, clear: Sequence[tuple[int, int]]) -> None:
+        """Take these parts, [start, end) in bytes, as they lie there."""
+        self._clear = tuple(clear)
 
     def close(self) -> None:
         """Close the backing file."""
         self._io.close(self.fd)
 
 
-def open_content(io: Backing, directory: int, name: bytes, path: bytes, keys: Sequence[bytes]) -> Content:
+def open_content(
+    io: Backing, directory: int, name: bytes, path: bytes, keys: Sequence[bytes], *, closely: bool = True
+) -> Content:
     """Open the regular file `name` of an open directory; `path` is its path in the store.
 
-    keys: key, prev_key. Raises OSError (ELOOP: not a regular file), FormatError and WrongKeyError for what cannot be
-    decrypted, CipherMissingError (FIPS).
+    keys: key, prev_key. closely: an encrypted block is looked through for records in the clear, which reads all of it; without
+    that they are decrypted to nonsense, as nats-server does, and do not match their hash. Raises OSError (ELOOP: not a regular
+    file), FormatError and WrongKeyError for what cannot be decrypted, CipherMissingError (FIPS).
     """
     fd = io.open(name, _FILE, dir_fd=directory)
     try:
@@ -169,7 +190,7 @@ def open_content(io: Backing, directory: int, name: bytes, path: bytes, keys: Se
         place = place_of(path)
         match place.kind:
             case Kind.BLOCK:
-                return _block(io, fd, directory, place, path, keys)
+                return _block(io, fd, directory, place, path, keys, closely=closely)
             case Kind.SUM:
                 return _sum(io, fd, directory, place, path, keys)
             case Kind.META | Kind.CONSUMER | Kind.INDEX | Kind.OLD_INDEX:
@@ -204,18 +225,22 @@ def _read(io: Backing, fd: int, offset: int, size: int) -> bytes:
     return bytes(view[:done])
 
 
-def _all(io: Backing, fd: int) -> bytes:
-    return _read(io, fd, 0, io.fstat(fd).st_size)
+def _all(io: Backing, fd: int, path: str) -> bytes:
+    """Read a whole file. Raises FormatError for one that is too large for that."""
+    size = io.fstat(fd).st_size
+    if size > _MOST:
+        raise FormatError(f"{path}: {size} bytes are more than nats-server writes there", hint="Take it away.")
+    return _read(io, fd, 0, size)
 
 
-def _beside(io: Backing, directory: int, name: bytes) -> bytes | None:
-    """Return the content of a small file beside another one, None if there is none."""
+def _beside(io: Backing, directory: int, name: bytes, most: int = _MOST_BESIDE) -> bytes | None:
+    """Return the content of a file beside another one, `most` bytes of it; None if there is none."""
     try:
         fd = io.open(name, _FILE, dir_fd=directory)
     except FileNotFoundError:
         return None
     try:
-        return _all(io, fd)
+        return _read(io, fd, 0, min(io.fstat(fd).st_size, most))
     finally:
         io.close(fd)
 
@@ -235,9 +260,15 @@ def _seed(io: Backing, directory: int, place: Place, path: bytes, keys: Sequence
 
 def _sealed(io: Backing, fd: int, directory: int, place: Place, path: bytes, keys: Sequence[bytes]) -> Content:
     """Open a file that is encrypted as a whole."""
-    raw, name = _all(io, fd), os.fsdecode(path)
+    name = os.fsdecode(path)
+    raw = _all(io, fd, name)
     try:
         seed = _seed(io, directory, place, path, keys)
+        if seed is None and raw and not _begins_plain(place.kind, raw):
+            raise FormatError(
+                f"{name}: its key file {os.path.basename(_key_path(place, path))} is missing, or this file is damaged",
+                hint="Put that file back from a backup: this one cannot be read without it.",
+            )
         if seed is None or not raw:
             return Content(io, fd, None, data=raw)
         match place.kind:
@@ -255,6 +286,17 @@ def _sealed(io: Backing, fd: int, directory: int, place: Place, path: bytes, key
         if _is_plain(io, directory, place, raw, name):
             return Content(io, fd, None, data=raw)
         raise
+
+
+def _begins_plain(kind: Kind, raw: bytes) -> bool:
+    """Tell whether a file begins as one that is not encrypted does. Of encrypted ones one in 2^15 does, or in 256 a meta.inf."""
+    match kind:
+        case Kind.META:
+            return raw.lstrip()[:1] == _JSON
+        case Kind.INDEX:
+            return raw[0] == 11 and raw[1:2] < b"\x10"
+        case _:
+            return raw[0] == 22 and raw[1:2] < b"\x10"
 
 
 def _is_plain(io: Backing, directory: int, place: Place, raw: bytes, path: str) -> bool:
@@ -279,11 +321,11 @@ def _is_plain(io: Backing, directory: int, place: Place, raw: bytes, path: str) 
 
 def _sum(io: Backing, fd: int, directory: int, place: Place, path: bytes, keys: Sequence[bytes]) -> Content:
     """Open a meta.sum: made anew where its meta.inf is encrypted, and only if it is right for what lies there."""
-    raw = _beside(io, directory, b"meta.inf") if not place.staged else None
+    raw = _beside(io, directory, b"meta.inf", _MOST) if not place.staged else None
     if raw is not None:
         name = os.path.join(os.path.dirname(os.fsdecode(path)), "meta.inf")
         try:
-            jetstream.check_meta(raw, _all(io, fd), place.label, name)
+            jetstream.check_meta(raw, _read(io, fd, 0, _MOST_BESIDE), place.label, name)
             seed = _seed(io, directory, place, path, keys)
             if seed is not None:
                 plain = serverkeys.open_file(raw, seed, name)
@@ -293,7 +335,9 @@ def _sum(io: Backing, fd: int, directory: int, place: Place, path: bytes, keys: 
     return Content(io, fd, None)
 
 
-def _block(io: Backing, fd: int, directory: int, place: Place, path: bytes, keys: Sequence[bytes]) -> Content:
+def _block(
+    io: Backing, fd: int, directory: int, place: Place, path: bytes, keys: Sequence[bytes], *, closely: bool
+) -> Content:
     """Open a block: encrypted if it makes sense so, else plain if it makes sense as it is."""
     size, name = io.fstat(fd).st_size, os.fsdecode(path)
     if not size:
@@ -303,9 +347,11 @@ def _block(io: Backing, fd: int, directory: int, place: Place, path: bytes, keys
         seed = _seed(io, directory, place, path, keys)
     except (FormatError, WrongKeyError) as exc:
         seed, problem = None, exc
-    if seed is not None:
+    if seed is not None and size <= serverkeys.MAX_STREAM:
         content = Content(io, fd, seed, stream=serverkeys.Keystream(seed))
         if _makes_sense(content, place.label):
+            if closely and size <= jetstream.MAX_BLOCK:
+                content.except_for(_in_clear(_read(io, fd, 0, size), bytes(content.read(0, size)), place.label))
             return content
         problem = jetstream.damaged(name, 0, "decrypts to nothing that makes sense")
     if problem is None:
@@ -319,6 +365,30 @@ def _block(io: Backing, fd: int, directory: int, place: Place, path: bytes, keys
     if _makes_sense(content, place.label):
         return content
     raise problem
+
+
+def _in_clear(raw: bytes, plain: bytes, label: str) -> list[tuple[int, int]]:
+    """Return the parts, [start, end), of an encrypted block that are records in the clear. plain: what all decrypts to.
+
+    A record that lies there is looked at closely when its sequence is near the one before.
+    """
+    found: list[tuple[int, int]] = []
+    if plain.startswith(b"cmp"):
+        return found
+    view, at, last = memoryview(raw), 0, -_NEAR
+    while at < len(raw):
+        length, clear = jetstream.record_length(raw, at), False
+        if length is not None and abs(jetstream.sequence_of(raw, at) - last) < _NEAR and length <= len(raw) - at:
+            with contextlib.suppress(FormatError):
+                clear = next(jetstream.records(view[at : at + length], label, "")).length == length
+        if not clear and (length := jetstream.record_length(plain, at)) is None:
+            break
+        assert length is not None
+        last = jetstream.sequence_of(raw if clear else plain, at)
+        if clear:
+            found.append((at, at + length))
+        at += length
+    return found
 
 
 def _makes_sense(content: Content, label: str) -> bool:

@@ -12,11 +12,14 @@ import encfs_js
 # From the bottom up. A new room must be given its place here.
 ROOMS = """
     __init__ errors logs mounts presence hygiene wire notify control fusemount journal resend spawn errands succession supervisor
-    format natscodec serverkeys jetstream serverstate servernotes serverold
-    backing serverstore steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
-    state inuse guard tree viewtree reserve times opening files rewrite reencrypt sweep revive world gate pace reply fs viewfs background session worker
-    mount premount meter pool inspect view unsealing census holdings recordcheck serverwrite sides staging survey carry equal convert encrypt decrypt near impact loss filecheck verify metacheck servercheck cli_text cli_table cli_census cli_progress cli_key cli_serverkey cli_keys cli_guard cli_init cli_inspect cli_mount cli_status cli_systemd
-    cli_servercheck cli_verify cli_reencrypt cli_encrypt cli_convert cli_view cli __main__
+    format natscodec serverkeys jetstream serverstate servernotes serverold backing serverstore
+    steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
+    state inuse guard tree viewtree reserve times opening files rewrite reencrypt sweep revive world
+    gate pace reply fs viewfs background session worker mount premount
+    meter pool inspect view unsealing census holdings recordcheck serverwrite sides staging survey carry equal convert
+    encrypt decrypt near impact loss filecheck verify metacheck servercheck
+    cli_text cli_table cli_census cli_progress cli_key cli_serverkey cli_keys cli_guard cli_init cli_inspect cli_mount
+    cli_status cli_systemd cli_servercheck cli_verify cli_reencrypt cli_alone cli_encrypt cli_convert cli_view cli __main__
 """.split()  # noqa: SIM905
 FUSE = {"background", "fs", "gate", "pace", "reply", "session", "viewfs", "worker"}
 ONLY = {
