@@ -6,6 +6,7 @@ this room uses `os` for anything that reads or changes the store.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -124,8 +125,18 @@ def sync_directory(path: str | bytes) -> None:
         os.close(fd)
 
 
+def give_to_owner(fd: int, directory: int | str) -> None:
+    """Give what root has made to whom the directory belongs, who will have to read it; where root may not do that, not."""
+    owner = os.stat(directory)
+    if os.geteuid() == 0 and owner.st_uid != os.fstat(fd).st_uid:
+        with contextlib.suppress(PermissionError):
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
 def replace_file(directory: str, name: str, data: bytes) -> None:
     """Replace `directory/name` by `data`, mode 0600: write `name.tmp`, fsync, rename, fsync of the directory.
+
+    It belongs to whom the directory belongs to, as far as that is possible.
 
     A crash after open, write or fsync leaves the old file and a `.tmp` that the next call overwrites; after the rename the
     old or the new file, whole; after the last fsync the new one.
@@ -136,6 +147,7 @@ def replace_file(directory: str, name: str, data: bytes) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
+        give_to_owner(fd, directory)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -36,6 +36,7 @@ _ROOMS: Final = {
     "reencrypt": "cli_reencrypt",
     "encrypt": "cli_encrypt",
     "decrypt": "cli_encrypt",
+    "convert": "cli_convert",
     "view": "cli_view",
     "guard": "cli_guard",
     "systemd": "cli_systemd",

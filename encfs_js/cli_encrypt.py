@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -18,22 +16,21 @@ from encfs_js import encrypt as sealing
 from encfs_js import inuse, keyring, keysource, keystore, mount, recordcheck, redo
 from encfs_js import state as room
 from encfs_js.backing import META, Backing
+from encfs_js.cli_alone import alone, content, is_store, print_records, told
 from encfs_js.cli_init import first_file
 from encfs_js.cli_key import ORDER, Source, SuiteType, key_options, unlock
 from encfs_js.cli_progress import display, interruptible
 from encfs_js.cli_serverkey import prev_key_option, server_keys
 from encfs_js.cli_text import plural, shown, size
-from encfs_js.errors import ConversionError, DamageFoundError, StoreIoError, StoreNotEmptyError
-from encfs_js.format import MAGIC, DamagedPageError, Suite, check_available
-from encfs_js.keydocument import COPY, NAME
+from encfs_js.errors import ConversionError, NotAStoreError, StoreBusyError, StoreNotEmptyError, WrongKeyError
+from encfs_js.format import Suite, check_available
 from encfs_js.reencrypt import Progress
-from encfs_js.sealed import RUN_BYTES, FileKeys, SealedFile
+from encfs_js.sealed import FileKeys
 from encfs_js.serverstore import Kind, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from encfs_js.inspect import Entry
     from encfs_js.keyring import Keys
 
     Show = Callable[[dict[str, Any]], None]
@@ -75,21 +72,25 @@ def encrypt(
     store = source.store(store)
     mount.check_store(store)
     inuse.check_unused(store)
-    job = _Job(store, _origin(store, origin), cipher or source.config.jetstream.cipher)
+    with told(store):
+        job = _Job(store, _origin(store, origin), cipher or source.config.jetstream.cipher)
+    if job.origin != "server" and (prev_key_file, new_key_file, new_credential) != (None, None, None):
+        raise click.UsageError("--prev-key-file, --new-key-file and --new-credential are for --from server.")
+    if new_key_file is not None and new_credential is not None:
+        raise click.UsageError("Only one of --new-key-file, --new-credential can be given.")
     if job.origin == "server":
         job.server_keys = server_keys(source, prev_key_file)
         job.secret = "key", job.server_keys[0]
         if new_key_file is not None or new_credential is not None:
             environ = {"CREDENTIALS_DIRECTORY": os.environ.get("CREDENTIALS_DIRECTORY", "")}
-            job.secret = (
-                "key",
-                keysource.find_key(key_file=new_key_file, credential=new_credential, environ=environ),
-            )
+            new = keysource.find_key(key_file=new_key_file, credential=new_credential, environ=environ)
+            keysource.warn_of_weak(new)
+            job.secret = "key", new
     elif job.is_store:
         _, job.keys = source.unlock(store)
     else:
         job.secret = source.first_key()
-    with display(as_json) as show, interruptible() as look, _told(store):
+    with display(as_json) as show, interruptible() as look, told(store):
         _encrypt(job, show, look)
     _report(job, as_json=as_json)
 
@@ -101,7 +102,7 @@ class _Job:
         self.store = store
         self.origin = origin
         self.cipher = cipher
-        self.is_store = _is_store(store)
+        self.is_store = is_store(store)
         self.server_keys: list[bytes] | None = None
         self.secret: tuple[str, bytes] | None = None
         self.keys: Keys | None = None
@@ -109,15 +110,12 @@ class _Job:
         self.records = recordcheck.Records()
         self.key_files = 0
         self.left_out: list[bytes] = []
-
-
-def _is_store(store: str) -> bool:
-    return any(os.path.lexists(os.path.join(store, META, name)) for name in (NAME, COPY))
+        self.links: list[bytes] = []
 
 
 def _origin(store: str, given: str | None) -> str:
     """Return what lies there. Raises ConversionError when that is not what was said, or has to be said."""
-    half, there = room.is_half_sealed(store), _is_store(store)
+    half, there = room.is_half_sealed(store), is_store(store)
     again = f"encfs-js encrypt {shlex.quote(store)} --from server"
     if half:
         if given == "plain":
@@ -145,56 +143,85 @@ def _encrypt(job: _Job, show: Show, look: Callable[[], None]) -> None:
     Crash points: a directory .encfs_js without a keyring is no store, and the command begins again; the mark (--from server)
     is there before the keyring is; then those of encrypt.py.
     """
-    store, io = job.store, Backing()
+    store = job.store
     if not job.is_store:
-        _, sealed = first_file(store)
-        if sealed is not None:
-            raise StoreNotEmptyError(
-                f"{store} has sealed files in it ({shown(sealed)}) and no keyring",
-                hint="A new keyring could not read them. Put .encfs_js/keyring back from a backup of the store.",
-            )
-        sealing.look(io, store, job.server_keys)  # what is refused leaves not even a directory behind
-    with _alone(store):
-        before = job.keys
-        if job.is_store:
-            before = before or _opened(job)
-            sealing.recover(io, store, before.derive(redo.INFO))
-        found = sealing.look(io, store, job.server_keys)
+        _check_new(store)
+        sealing.look(Backing(), store, job.server_keys)  # what is refused leaves not even a directory behind
+    with alone(store):
+        if is_store(store) is not job.is_store or (room.is_half_sealed(store) and job.origin != "server"):
+            # While a key was asked for, say: a new keyring must never take the place of another.
+            raise StoreBusyError(f"{store}: another command was at work here just now", hint="Repeat the command.")
+        if not job.is_store:
+            _check_new(store)
+        run = room.begin(store, job.keys, _now()) if job.keys is not None else None
+        try:
+            _seal(job, run, show, look)
+        finally:
+            if run is not None and job.keys is not None:
+                room.save(store, job.keys, replace(run, clean=True))
+
+
+def _check_new(store: str) -> None:
+    """Raise StoreNotEmptyError if there are sealed files in what has no keyring."""
+    _, sealed = first_file(store)
+    if sealed is not None:
+        raise StoreNotEmptyError(
+            f"{store} has sealed files in it ({shown(sealed)}) and no keyring",
+            hint="A new keyring could not read them. Put .encfs_js/keyring back from a backup of the store.",
+        )
+
+
+def _seal(job: _Job, run: room.State | None, show: Show, look: Callable[[], None]) -> None:
+    store, io, before = job.store, Backing(), job.keys
+    if job.is_store:
         before = before or _opened(job)
-        opened, _ = keystore.load(store)
-        keys = keyring.renew(opened, before)  # before it was ours another may have changed them
-        if job.cipher is not None and job.cipher is not keys.settings.cipher:
-            changed = keystore.update(
-                store, lambda found: keyring.change_settings(found, keyring.renew(found, before), cipher=job.cipher)
-            )
-            keys = keyring.renew(changed, before)
-        check_available(keys.settings.cipher)
-        if job.origin == "plain" and found.files and keys.settings.plaintext != "read":
-            raise ConversionError(
-                f"{store}: {plural(found.files, 'file')} not sealed, in a store that refuses plaintext",
-                hint=f"Somebody put them there: encfs-js verify {shlex.quote(store)} names them.",
-            )
-        file_keys = FileKeys(keys.volume_key, keys.settings.cipher, keys.settings.epoch)
-        progress = job.progress
-        progress.cipher, progress.epoch = keys.settings.cipher.label, keys.settings.epoch
-        progress.files, progress.bytes, progress.state = found.files, found.size, "running"
+        sealing.recover(io, store, before.derive(redo.INFO))
+        before = keyring.renew(keystore.load(store)[0], before)  # before it was ours another may have changed them
+    crashed = (_file_keys(before), run.touched) if run is not None and before is not None else None
+    plaintext = before is None or before.settings.plaintext == "read"
+    found = sealing.look(io, store, job.server_keys, crashed=crashed, plaintext=plaintext)
+    inuse.check_unused(store, found.inodes, lock=False)  # in a container the same files have other names
+    job.links = found.links
+    keys = before or _opened(job)
+    if job.cipher is not None and job.cipher is not keys.settings.cipher:
+        opened = keys
+        changed = keystore.update(
+            store, lambda found: keyring.change_settings(found, keyring.renew(found, opened), cipher=job.cipher)
+        )
+        keys = keyring.renew(changed, keys)
+    check_available(keys.settings.cipher)
+    if job.origin == "plain" and found.files and keys.settings.plaintext != "read":
+        raise ConversionError(
+            f"{store}: {plural(found.files, 'file')} not sealed, in a store that refuses plaintext",
+            hint=f"Somebody put them there: encfs-js verify {shlex.quote(store)} names them.",
+        )
+    file_keys = _file_keys(keys)
+    progress = job.progress
+    progress.cipher, progress.epoch = keys.settings.cipher.label, keys.settings.epoch
+    progress.files, progress.bytes, progress.state = found.files, found.size, "running"
 
-        def between() -> None:
-            show(progress.as_json())
-            look()
+    def between() -> None:
+        show(progress.as_json())
+        look()
 
-        sealing.seal_all(io, store, job.server_keys, file_keys, keys.derive(redo.INFO), progress, between)
-        job.records = recordcheck.check(io, store, lambda entry: _content(io, entry, file_keys), look)
-        if not room.load(store, keys).began:
-            room.save(store, keys, room.State(clean=True, began=_now(), windows=()))  # that one is missing is to mean something
-        if job.origin == "server":
-            job.key_files, job.left_out = sealing.remove_keys(io, store)
-            room.unmark(store)
-        else:
-            keystore.update(
-                store, lambda found: keyring.change_settings(found, keyring.renew(found, keys), plaintext="refuse")
-            )
-        progress.state = "done"
+    sealing.seal_all(io, store, job.server_keys, file_keys, keys.derive(redo.INFO), progress, between)
+    job.records = recordcheck.check(io, store, lambda entry: content(io, entry, file_keys), look)
+    if not room.load(store, keys).began:
+        room.save(
+            store, keys, room.State(clean=True, began=_now(), windows=())
+        )  # that one is missing is to mean something
+    if job.origin == "server":
+        job.key_files, job.left_out = sealing.remove_keys(io, store)
+        room.unmark(store)
+    else:
+        keystore.update(
+            store, lambda found: keyring.change_settings(found, keyring.renew(found, keys), plaintext="refuse")
+        )
+    progress.state = "done"
+
+
+def _file_keys(keys: Keys) -> FileKeys:
+    return FileKeys(keys.volume_key, keys.settings.cipher, keys.settings.epoch)
 
 
 def _opened(job: _Job) -> Keys:
@@ -208,55 +235,15 @@ def _opened(job: _Job) -> Keys:
             room.mark(job.store)
         plaintext = "refuse" if job.origin == "server" else "read"
         keystore.write(job.store, keyring.create(secret, kind=kind, cipher=cipher, plaintext=plaintext))
-    return unlock(job.store, secret)[1]
-
-
-@contextlib.contextmanager
-def _alone(store: str) -> Iterator[None]:
-    """Have the store to oneself; a directory .encfs_js that is made for that goes again when no keyring came into it."""
-    meta = os.path.join(store, META)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(meta, 0o700)
-    lock = room.lock(store, "", datetime.now(UTC).isoformat(timespec="seconds"))
     try:
-        yield
-    finally:
-        if os.path.isdir(meta) and set(os.listdir(meta)) <= {"lock"}:
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(meta, "lock"))
-                os.rmdir(meta)
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _told(store: str) -> Iterator[None]:
-    """Say what the operating system refused, and that the command can be repeated."""
-    try:
-        yield
-    except OSError as problem:
-        where = os.fsdecode(problem.filename) if problem.filename is not None else store
-        raise StoreIoError(
-            f"{where}: {problem.strerror or problem}",
-            hint="What is done stays done. When the cause is gone (a full or failing disk, permissions), repeat the command.",
+        return unlock(job.store, secret)[1]
+    except WrongKeyError as problem:
+        if not job.is_store:
+            raise
+        raise WrongKeyError(
+            str(problem),
+            hint="Give the key that the store was begun to be sealed with, by --new-key-file if it was so then.",
         ) from None
-    except KeyboardInterrupt:
-        print("encfs-js: interrupted; what is done stays done, and the same command does the rest", file=sys.stderr)
-        raise
-
-
-def _content(io: Backing, entry: Entry, file_keys: FileKeys) -> bytes:
-    """Return the plain content of a file of the store, sealed or not. Raises OSError, DamagedPageError."""
-    fd = io.open(entry.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=entry.directory)
-    try:
-        file = SealedFile(io, fd, file_keys) if sealing.begins(io, fd) == MAGIC else redo.PlainFile(io, fd)
-        return b"".join(bytes(file.read(at, RUN_BYTES)) for at in range(0, file.size, RUN_BYTES))
-    except DamagedPageError as problem:
-        raise DamageFoundError(
-            f"{os.fsdecode(entry.path)} page {problem.page} does not authenticate",
-            hint="Put the file back from a backup, and repeat the command.",
-        ) from None
-    finally:
-        io.close(fd)
 
 
 def _report(job: _Job, *, as_json: bool) -> None:
@@ -273,6 +260,7 @@ def _report(job: _Job, *, as_json: bool) -> None:
             "bytes": progress.bytes_done,
             "key_files_removed": job.key_files,
             "left_out": left,
+            "symlinks": [os.fsdecode(path) for path in job.links],
             **job.records.as_json(),
         }
         print(json.dumps(told, indent=1))
@@ -283,15 +271,10 @@ def _report(job: _Job, *, as_json: bool) -> None:
         print(f"Removed: {plural(job.key_files, 'key file')} of nats-server")
     for path in left:
         print(f"Removed: {shown(path)}, a leftover that nats-server does not read and nobody can decrypt")
-    _print_records(job.records)
+    for link in job.links:
+        print(f"Left alone: {shown(link)}, a symlink: what lies outside of the store is not sealed")
+    print_records(job.records)
     print(f"Next: encfs-js mount {shlex.quote(job.store)} MOUNTPOINT")
-
-
-def _print_records(found: recordcheck.Records) -> None:
-    blocks, streams = plural(found.blocks, "block"), plural(found.streams, "stream or raft log", "streams or raft logs")
-    print(f"Checked: {plural(found.records, 'record')} in {blocks} of {streams}")
-    for line in found.damaged:
-        print(f"Damaged, as it was before: {line}")
 
 
 # --- decrypt ----------------------------------------------------------------------------------------------------------
@@ -313,15 +296,20 @@ def decrypt(*, source: Source, store: str | None, as_json: bool) -> None:
     mount.check_store(store)
     inuse.check_unused(store)
     room.check_whole(store)
-    io, progress = Backing(), Progress()
-    if not _is_store(store) and os.path.isdir(os.path.join(store, META)):
-        if first_file(store)[1] is None:
+    io, progress, records = Backing(), Progress(), recordcheck.Records()
+    if not is_store(store) and os.path.isdir(os.path.join(store, META)):
+        with told(store), alone(store):
+            if is_store(store) or first_file(store)[1] is not None or opening.unfinished(io, store):
+                raise NotAStoreError(
+                    f"{store}: there are sealed files, and no keyring",
+                    hint="Put .encfs_js/keyring back from a backup of the store, and repeat the command.",
+                )
             opening.forget(io, store)  # a run before this one had come so far
-            _report_decrypted(store, progress, recordcheck.Records(), as_json=as_json)
-            return
-        keystore.load(store)
+        _report_decrypted(store, progress, records, as_json=as_json)
+        return
     _, keys = source.unlock(store)
-    with display(as_json) as show, interruptible() as look, _told(store), _alone(store):
+    with display(as_json) as show, interruptible() as look, told(store), alone(store):
+        room.check_whole(store)
         opened, _ = keystore.load(store)
         keys = keyring.renew(opened, keys)
         records = _decrypt(io, store, keys, progress, lambda: (show(progress.as_json()), look())[1])
@@ -339,8 +327,9 @@ def _decrypt(
                 f"{store}: {META}/{left[0]} is content that belongs to no file any more",
                 hint="Look whether it is needed; move it away to go on without it.",
             )
-        file_keys = FileKeys(keys.volume_key, keys.settings.cipher, keys.settings.epoch)
-        found = opening.look(io, store, file_keys, run.touched)
+        file_keys = _file_keys(keys)
+        found = opening.look(io, store, file_keys, run.touched, plaintext=keys.settings.plaintext == "read")
+        inuse.check_unused(store, found.inodes, lock=False)
         if keys.settings.plaintext != "read":
             if found.plain:
                 raise ConversionError(
@@ -352,7 +341,7 @@ def _decrypt(
             )
         progress.files, progress.bytes, progress.state = found.files, found.size, "running"
         opening.open_all(io, store, file_keys, progress, between)
-        records = recordcheck.check(io, store, lambda entry: _content(io, entry, file_keys), between)
+        records = recordcheck.check(io, store, lambda entry: content(io, entry, file_keys), between)
     finally:
         room.save(store, keys, replace(run, clean=True))
     opening.forget(io, store)
@@ -371,4 +360,4 @@ def _report_decrypted(store: str, progress: Progress, records: recordcheck.Recor
         print(json.dumps(told, indent=1))
         return
     print(f"{shown(store)} is a plain store now: {plural(progress.files_done, 'file')}, {size(progress.bytes_done)}")
-    _print_records(records)
+    print_records(records)

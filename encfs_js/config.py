@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CONFIG: Final = 1 << 20  # bytes
+_MAX_NESTING: Final = 1000  # brackets: YAML takes a time that grows with the square of their number
 
 _Path = Annotated[str, msgspec.Meta(pattern=r"\A[^\0]+\Z")]
 _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)\Z")
@@ -199,6 +200,8 @@ def _read_yaml(text: bytes) -> Any:
     """Read the one YAML document; an empty one is an empty mapping. Raises ConfigError, which quotes no text."""
     if len(text) > MAX_CONFIG:
         raise ConfigError(f"longer than {MAX_CONFIG} bytes", hint="This looks like another file.")
+    if text.count(b"[") + text.count(b"{") > _MAX_NESTING:
+        raise ConfigError(f"more than {_MAX_NESTING} brackets", hint="This looks like another file.")
     at = ""
     try:
         value = _Loader(text.decode("utf-8-sig")).get_single_data()
@@ -210,8 +213,9 @@ def _read_yaml(text: bytes) -> Any:
         reason = f"not valid YAML: {problem.problem}" if fixed else "not valid YAML"
     except UnicodeDecodeError:
         reason = "not UTF-8 text"
-    except (yaml.YAMLError, ValueError, RecursionError):
-        # A ValueError is a date or a number that YAML knows by its form and that does not exist.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):
+        # A ValueError is a date or a number that YAML knows by its form and that does not exist; the others are bugs of PyYAML's
+        # (`!!timestamp x`).
         reason = "not valid YAML"
     else:
         return {} if value is None else value

@@ -91,7 +91,7 @@ def _accept(listener: socket.socket, on_request: Callable[[Request], None]) -> N
         message = json.loads(sock.recv(_MOST))
         if not isinstance(message, dict):
             raise ValueError  # noqa: TRY004
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         sock.close()
         return
     on_request(Request(sock, message))

@@ -6,21 +6,23 @@ in `.encfs_js`, brought to the disk, read back and compared, and renamed over th
 Crash points. Until that rename the sealed file is untouched, and what was written is removed by the next run; after it the
 plain file is there, whole, because it was synced before. The keyring has `plaintext: read` from before the first rename, so
 the store can be mounted, and this be repeated, in any state between. When every file is plain and on the disk `.encfs_js` is
-emptied, the keyring last: without it nothing there means anything, and what is left of it a repeated run removes.
+emptied, the keyring after all that it could be needed for, and the lock behind it, so that nobody opens the store with that
+keyring any more. What is left of it a repeated run removes.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from encfs_js import crash
 from encfs_js.backing import META
-from encfs_js.encrypt import begins, check_room, entries
+from encfs_js.encrypt import DIRECTORY, STAGED, begins, check_room, entries, naming
 from encfs_js.errors import ConversionError, DamageFoundError
 from encfs_js.format import MAGIC, PAGE, DamagedPageError
 from encfs_js.keydocument import COPY, NAME
@@ -35,34 +37,42 @@ if TYPE_CHECKING:
     from encfs_js.reencrypt import Progress
     from encfs_js.sealed import FileKeys
 
-STAGED: Final = b"decrypted.tmp"
 _NAMED: Final = 5
-_LAST: Final = (b"lock", COPY.encode(), NAME.encode())  # of what lies in .encfs_js
+_LAST: Final = (COPY.encode(), NAME.encode(), b"lock")  # of what lies in .encfs_js
 _XATTRS_LACK: Final = frozenset({errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENODATA})
 
 
 @dataclass(slots=True)
 class Look:
-    """What there is to do: files, and the size of their plain content in bytes. plain: files with content that is not sealed."""
+    """What there is to do: files, and the size of their plain content in bytes.
+
+    plain: files with content that is not sealed. inodes: of all regular files.
+    """
 
     files: int = 0
     size: int = 0
     plain: int = 0
+    inodes: set[int] = field(default_factory=set)
 
 
-def look(io: Backing, store: str, file_keys: FileKeys, touched: Callable[[int], bool]) -> Look:
+def look(
+    io: Backing, store: str, file_keys: FileKeys, touched: Callable[[int], bool], *, plaintext: bool = True
+) -> Look:
     """Authenticate every file, after the crash rule was applied to those that it is for. Changes nothing else.
 
-    touched: ctime in ns -> whether the crash rule applies. Raises DamageFoundError, ConversionError (a file that has several
-    names, or whose content would look sealed), StoreIoError without room, OSError.
+    touched: ctime in ns -> whether the crash rule applies. plaintext: whether the store may hold some. Raises
+    DamageFoundError, ConversionError (a file that has several names, or whose content would look sealed), StoreIoError without
+    room, OSError.
     """
     found, largest = Look(), 0
     damaged: list[str] = []
     for entry in entries(io, store):
-        fd = open_target(io, entry.directory, entry.name)
+        found.inodes.add(entry.status.st_ino)
+        with naming(store, entry):
+            fd = open_target(io, entry.directory, entry.name)
         try:
-            if touched(io.fstat(fd).st_ctime_ns):
-                crash.trim(io, fd, file_keys, plaintext=True)
+            if touched(entry.status.st_ctime_ns):
+                crash.trim(io, fd, file_keys, plaintext=plaintext)
             start = begins(io, fd)
             if start != MAGIC:
                 found.plain += bool(start)
@@ -90,7 +100,7 @@ def look(io: Backing, store: str, file_keys: FileKeys, touched: Callable[[int], 
         more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
         raise DamageFoundError(
             f"{store}: damaged files: {len(damaged)}, so nothing was changed: {', '.join(damaged[:_NAMED])}{more}",
-            hint=f"Put them back from a backup, or take them away. encfs-js verify {store} names every page.",
+            hint=f"Put them back from a backup, or take them away. encfs-js verify {shlex.quote(store)} names every page.",
         )
     check_room(io, store, largest)
     return found
@@ -110,27 +120,35 @@ def open_all(io: Backing, store: str, file_keys: FileKeys, progress: Progress, b
     between: is called after every file; what it raises ends this. Raises OSError and DamageFoundError; the file at hand is as it
     was, or plain.
     """
-    meta = io.open(os.path.join(store, META), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    meta = io.open(os.path.join(store, META), DIRECTORY)
     try:
         for entry in entries(io, store):
-            fd = open_target(io, entry.directory, entry.name)
-            try:
-                if begins(io, fd) != MAGIC:
-                    continue
-                file = SealedFile(io, fd, file_keys)
-                _replace(io, meta, entry, file)
-            except DamagedPageError as problem:
-                raise DamageFoundError(
-                    f"{store}: {os.fsdecode(entry.path)} page {problem.page} is damaged",
-                    hint=f"Put the file back from a backup, and repeat the command. encfs-js verify {store}",
-                ) from None
-            finally:
-                io.close(fd)
-            progress.files_done += 1
-            progress.bytes_done += file.size
-            between()
+            with naming(store, entry):
+                size = _open(io, store, meta, entry, file_keys)
+            if size is not None:
+                progress.files_done += 1
+                progress.bytes_done += size
+                between()
     finally:
         io.close(meta)
+
+
+def _open(io: Backing, store: str, meta: int, entry: Entry, file_keys: FileKeys) -> int | None:
+    """Make one file a plain one. Returns its plain bytes, None if it is plain."""
+    fd = open_target(io, entry.directory, entry.name)
+    try:
+        if begins(io, fd) != MAGIC:
+            return None
+        file = SealedFile(io, fd, file_keys)
+        _replace(io, meta, entry, file)
+        return file.size
+    except DamagedPageError as problem:
+        raise DamageFoundError(
+            f"{store}: {os.fsdecode(entry.path)} page {problem.page} is damaged",
+            hint=f"Put the file back from a backup, and repeat the command. encfs-js verify {shlex.quote(store)}",
+        ) from None
+    finally:
+        io.close(fd)
 
 
 def _replace(io: Backing, meta: int, entry: Entry, file: SealedFile) -> None:
@@ -155,6 +173,10 @@ def _replace(io: Backing, meta: int, entry: Entry, file: SealedFile) -> None:
             at += len(run)
         if at != file.size:
             raise OSError(errno.EIO, "what was written is not what was read", entry.path)
+    except BaseException:
+        with suppress(OSError):  # it is in the clear, and the disk may be full
+            io.unlink(STAGED, dir_fd=meta)
+        raise
     finally:
         io.close(plain)
     io.rename(STAGED, entry.name, src_dir_fd=meta, dst_dir_fd=entry.directory)
@@ -189,13 +211,16 @@ def forget(io: Backing, store: str) -> None:
                     raise ConversionError(f"{os.fsdecode(entry.path)} is still sealed", hint="Repeat the command.")
             finally:
                 io.close(fd)
-        meta = io.open(META, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+        meta = io.open(META, DIRECTORY, dir_fd=top)
         try:
-            names = io.listdir(meta)
-            for name in sorted(names, key=lambda name: (_LAST.index(name) if name in _LAST else -1, name)):
+            names = [name for name in io.listdir(meta) if name not in _LAST]
+            for name in sorted(names):
+                io.unlink(name, dir_fd=meta)
+            for name in _LAST:
                 if name == NAME.encode():
                     io.fsync(meta)  # everything else is gone before the last copy of the keyring goes
-                io.unlink(name, dir_fd=meta)
+                with suppress(FileNotFoundError):
+                    io.unlink(name, dir_fd=meta)
         finally:
             io.close(meta)
         io.rmdir(META, dir_fd=top)
@@ -206,7 +231,7 @@ def forget(io: Backing, store: str) -> None:
 
 def unfinished(io: Backing, store: str) -> list[str]:
     """Return the names of redo files that belong to no file: content that would be lost with `.encfs_js`."""
-    meta = io.open(os.path.join(store, META), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    meta = io.open(os.path.join(store, META), DIRECTORY)
     try:
         return sorted(os.fsdecode(name) for name in io.listdir(meta) if name.startswith(b"redo-"))
     finally:

@@ -15,13 +15,16 @@ The order within a store that nats-server has encrypted: every meta.sum before a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shlex
 import stat
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from encfs_js import redo, serverstore, steps
+from encfs_js import crash, redo, serverstore, steps
 from encfs_js.backing import META
 from encfs_js.errors import ConversionError, EncfsError, FormatError, StoreIoError, WrongKeyError
 from encfs_js.format import MAGIC, PAGE, pages_for
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from encfs_js.sealed import FileKeys
     from encfs_js.serverstore import Content
 
+STAGED: Final = b"decrypted.tmp"  # what a decrypt that was killed has left in .encfs_js
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAMED: Final = 5  # files that an error names
 
 
@@ -48,7 +53,8 @@ _NAMED: Final = 5  # files that an error names
 class Look:
     """What there is to do. files, size: to be sealed, and their plain bytes. room: bytes of disk that are needed meanwhile.
 
-    sealed: files that are it already. key_files: nats-server's. leftovers: staged files that cannot be decrypted.
+    sealed: files that are it already. key_files: nats-server's. leftovers: staged files that cannot be decrypted. links:
+    symlinks, which are left alone. inodes: of all regular files.
     """
 
     files: int = 0
@@ -57,38 +63,68 @@ class Look:
     sealed: int = 0
     key_files: int = 0
     leftovers: list[bytes] = field(default_factory=list)
+    links: list[bytes] = field(default_factory=list)
+    inodes: set[int] = field(default_factory=set)
 
 
 def recover(io: Backing, store: str, mac_key: bytes) -> None:
     """Finish the file that a run which was killed was at; before anything is read, for its content may be half old, half new.
 
-    mac_key: of redo files. Raises OSError.
+    mac_key: of redo files. Raises OSError, and ConversionError once for a redo file whose file is not there: it is kept.
     """
-    top = io.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    meta = io.open(META, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top)
+    top = io.open(store, DIRECTORY & ~os.O_NOFOLLOW)
+    meta = io.open(META, DIRECTORY, dir_fd=top)
     try:
+        before = set(io.listdir(meta))
         redo.recover(io, top, meta, mac_key)
+        lost = sorted(name for name in set(io.listdir(meta)) - before if name.endswith(b".orphan"))
+        with contextlib.suppress(FileNotFoundError):
+            io.unlink(STAGED, dir_fd=meta)
     finally:
         io.close(meta)
         io.close(top)
+    if lost:
+        raise ConversionError(
+            f"{store}: {META}/{os.fsdecode(lost[0])}: the rewriting of a file was interrupted, and cannot be finished: the "
+            "file is gone, or this is damaged",
+            hint="If a file of the store is missing or half written now, put it back from a backup. Then repeat the command.",
+        )
 
 
-def look(io: Backing, store: str, keys: Sequence[bytes] | None) -> Look:
-    """Open every file that is to be sealed, and see whether all of it can be. Changes nothing.
+def look(
+    io: Backing,
+    store: str,
+    keys: Sequence[bytes] | None,
+    *,
+    crashed: tuple[FileKeys, Callable[[int], bool]] | None = None,
+    plaintext: bool = True,
+) -> Look:
+    """Open every file that is to be sealed, and see whether all of it can be. Changes nothing but what the crash rule says.
 
-    keys: those of nats-server's own encryption, None where files are taken as they lie there. Raises WrongKeyError when no key
-    file opens, ConversionError that names what cannot be read, StoreIoError without room.
+    keys: those of nats-server's own encryption, None where files are taken as they lie there. crashed: ctime in ns -> whether
+    the crash rule is for the file, and what it needs; plaintext: whether the store may hold some. Raises WrongKeyError when no
+    key file opens, ConversionError that names what cannot be read or has names elsewhere, StoreIoError without room.
     """
     found, largest, growth, opened = Look(), 0, 0, 0
     problems: list[tuple[bytes, Exception]] = []
-    for entry in entries(io, store):
+    linked: dict[int, Entry] = {}
+    for entry in _everything(io, store):
         place = place_of(entry.path)
+        if stat.S_ISLNK(entry.status.st_mode):
+            found.links.append(entry.path)
+            if keys is not None and (place.kind is not Kind.OTHER or _leads_to_directory(io, entry)):
+                problems.append((entry.path, OSError(errno.ELOOP, "a symlink: what it leads to would stay encrypted")))
+        if not stat.S_ISREG(entry.status.st_mode):
+            continue
+        found.inodes.add(entry.status.st_ino)
         if keys is not None and place.kind is Kind.KEY:
             found.key_files += 1
             continue
         try:
             if len(entry.path) > redo.LONGEST_PATH:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            if crashed is not None and crashed[1](entry.status.st_ctime_ns):
+                _trim(io, entry, crashed[0], plaintext=plaintext)
             fd = open_file(io, entry)
             if fd is None:
                 raise OSError(errno.EAGAIN, "somebody changes the store")
@@ -98,6 +134,8 @@ def look(io: Backing, store: str, keys: Sequence[bytes] | None) -> Look:
                     found.sealed += 1
                 if start in {b"", MAGIC}:
                     continue
+                if entry.status.st_nlink > 1:
+                    linked[entry.status.st_ino] = entry
                 source = _source(io, entry, fd, keys)
                 opened += isinstance(source, _Decrypted) and source.content.suite is not None
                 sealed = pages_for(source.size) * PAGE
@@ -113,9 +151,52 @@ def look(io: Backing, store: str, keys: Sequence[bytes] | None) -> Look:
             else:
                 problems.append((entry.path, problem))
     _judge(store, problems, some_open=opened > 0)
+    _check_links(io, store, linked)
     found.room = largest + growth
     check_room(io, store, found.room)
     return found
+
+
+def _trim(io: Backing, entry: Entry, file_keys: FileKeys, *, plaintext: bool) -> None:
+    fd = open_target(io, entry.directory, entry.name)
+    try:
+        crash.trim(io, fd, file_keys, plaintext=plaintext)
+    finally:
+        io.close(fd)
+
+
+def _leads_to_directory(io: Backing, entry: Entry) -> bool:
+    try:
+        return stat.S_ISDIR(io.stat(entry.name, dir_fd=entry.directory).st_mode)
+    except OSError:
+        return False
+
+
+def _check_links(io: Backing, store: str, linked: dict[int, Entry]) -> None:
+    """Raise ConversionError if a file has a name outside of the store, where its content would change as well."""
+    if not linked:
+        return
+    names: Counter[int] = Counter()
+    top = io.open(store, DIRECTORY & ~os.O_NOFOLLOW)
+    try:
+        names.update(ino for _, ino, _ in io.entries(top))
+    finally:
+        io.close(top)
+    for entry in _everything(io, store):
+        if stat.S_ISDIR(entry.status.st_mode):
+            fd = io.open(entry.name, DIRECTORY, dir_fd=entry.directory)
+            try:
+                names.update(ino for _, ino, _ in io.entries(fd))
+            finally:
+                io.close(fd)
+    for ino, entry in linked.items():
+        if names[ino] != entry.status.st_nlink:
+            raise ConversionError(
+                f"{store}: {os.fsdecode(entry.path)} has {entry.status.st_nlink - names[ino]} more names (hard links) outside "
+                "of the store, and would be sealed there as well",
+                hint="A copy that was made with cp -al or rsync --link-dest shares its files. Remove it, or seal a real copy "
+                f"(cp -a {shlex.quote(store)} NEW).",
+            )
 
 
 def _judge(store: str, problems: list[tuple[bytes, Exception]], *, some_open: bool) -> None:
@@ -135,7 +216,7 @@ def _judge(store: str, problems: list[tuple[bytes, Exception]], *, some_open: bo
     count = f"{len(problems)} file{'s' * (len(problems) > 1)}"
     raise ConversionError(
         f"{store}: {count} cannot be read, so nothing was changed: {'; '.join(lines)}{more}",
-        hint="Put them back from a backup, or take them away. encfs-js verify names everything that is damaged.",
+        hint="Put them back from a backup, or take them away, and repeat the command.",
     )
 
 
@@ -192,11 +273,24 @@ def begins(io: Backing, fd: int) -> bytes:
 
 def entries(io: Backing, store: str) -> Iterator[Entry]:
     """Yield every regular file of a store. Raises OSError for what cannot be looked at."""
+    return (entry for entry in _everything(io, store) if stat.S_ISREG(entry.status.st_mode))
 
+
+def _everything(io: Backing, store: str) -> Iterator[Entry]:
     def failed(path: bytes, problem: OSError) -> None:
         raise OSError(problem.errno, problem.strerror, os.path.join(store, os.fsdecode(path)))
 
-    return (entry for entry in walk(io, store, failed) if stat.S_ISREG(entry.status.st_mode))
+    return walk(io, store, failed)
+
+
+@contextlib.contextmanager
+def naming(store: str, entry: Entry) -> Iterator[None]:
+    """Have an OSError name the file by its whole path: calls on an open directory know its last part only."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = os.path.join(store, os.fsdecode(entry.path))
+        raise
 
 
 def seal_all(
@@ -213,8 +307,8 @@ def seal_all(
     mac_key: of redo files. between: is called after every file; what it raises ends this, and no file is half done then.
     Raises OSError, FormatError and WrongKeyError: the file at hand is as it was, or its redo file counts.
     """
-    top = io.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    meta = io.open(META, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top)
+    top = io.open(store, DIRECTORY & ~os.O_NOFOLLOW)
+    meta = io.open(META, DIRECTORY, dir_fd=top)
     try:
         for sums in (True, False) if keys is not None else (None,):
             for entry in entries(io, store):
@@ -222,7 +316,8 @@ def seal_all(
                 if keys is not None and (place.kind is Kind.KEY or (place.kind is Kind.SUM) is not sums):
                     continue
                 try:
-                    size = _seal(io, meta, mac_key, entry, keys, file_keys)
+                    with naming(store, entry):
+                        size = _seal(io, meta, mac_key, entry, keys, file_keys)
                 except (FormatError, WrongKeyError):
                     if not place.staged:
                         raise
@@ -285,7 +380,8 @@ def remove_keys(io: Backing, store: str) -> tuple[int, list[bytes]]:
         for entry in entries(io, store):
             if place_of(entry.path).kind is Kind.KEY or entry.path in left:
                 gone += entry.path not in left
-                io.unlink(entry.name, dir_fd=entry.directory)
+                with naming(store, entry):
+                    io.unlink(entry.name, dir_fd=entry.directory)
         io.syncfs(top)
     finally:
         io.close(top)

@@ -80,7 +80,7 @@ def read(store: str) -> list[Closed]:
             document = json.load(file)
     except FileNotFoundError:
         return []
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _damaged(store) from None
     try:
         return [

@@ -214,6 +214,8 @@ def parse(document: bytes) -> Keyring:
         slots = tuple(_parse_slot(slot) for slot in shape.slots)
     except msgspec.ValidationError as problem:
         raise damaged(str(problem)) from None
+    except UnicodeEncodeError:
+        raise damaged("there is text in it that is not Unicode") from None
     epochs = tuple(Epoch(e.epoch, e.created, _SUITES[e.suite], e.wrapped) for e in shape.epochs)
     numbers = {e.epoch for e in epochs}
     if version != VERSION:

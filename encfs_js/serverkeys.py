@@ -27,7 +27,7 @@ from encfs_js.errors import FormatError, WrongKeyError
 from encfs_js.format import REFUSED, Suite, missing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SEED: Final = 32
 TAG: Final = 16
@@ -122,6 +122,23 @@ def open_file(raw: bytes, seed: Seed, path: str) -> bytes:
         raise FormatError(f"{path}: does not authenticate", hint="Put this file back from a backup.") from None
 
 
+def new_key_file(key: bytes, asset: Asset, suite: Suite, random: Callable[[int], bytes]) -> tuple[bytes, Seed]:
+    """Make a new seed and its meta.key or N.key: (the file's content, what `open_key_file` makes of it).
+
+    random: n -> n random bytes. Raises CipherMissingError (FIPS).
+    """
+    nonce, seed = random(NONCES[suite]), random(SEED)
+    return _seal(suite, wrapping_key(key, asset), nonce, seed), Seed(suite, nonce, seed)
+
+
+def seal_file(plain: bytes, seed: Seed, nonce: bytes) -> bytes:
+    """Encrypt a meta.inf or o.dat (or what precedes the hash of an index.db): nonce | sealed | tag. Raises CipherMissingError.
+
+    nonce: 24 or 16 random bytes, NONCES says how many; never twice with the same seed.
+    """
+    return _seal(seed.suite, seed.seed, nonce, plain)
+
+
 class Keystream:
     """The keystream of one block: `xor` encrypts and decrypts any part of it. Raises CipherMissingError (FIPS).
 
@@ -170,6 +187,21 @@ def _unseal(suite: Suite, key: bytes, raw: bytes) -> bytes:
     own = _hchacha20(key, nonce[:16])
     try:
         return ChaCha20Poly1305(own).decrypt(bytes(4) + nonce[16:], sealed, None)
+    except REFUSED:
+        raise missing(suite, _READ_ON) from None
+
+
+def _seal(suite: Suite, key: bytes, nonce: bytes, plain: bytes) -> bytes:
+    """Return nonce | sealed | tag. Raises CipherMissingError."""
+    assert len(nonce) == NONCES[suite]
+    if suite is Suite.AES:
+        try:
+            return nonce + AESGCM(key).encrypt(nonce, plain, None)
+        except REFUSED:
+            raise missing(suite) from None
+    own = _hchacha20(key, nonce[:16])
+    try:
+        return nonce + ChaCha20Poly1305(own).encrypt(bytes(4) + nonce[16:], plain, None)
     except REFUSED:
         raise missing(suite, _READ_ON) from None
 

@@ -114,9 +114,14 @@ def parse_index(body: Bytes, path: str) -> Index:
     )
 
 
+def take_counted(data: Bytes, at: int) -> tuple[bytes, int]:
+    """Read uv length | so many bytes: (these, offset behind them). Raises MalformedError."""
+    size, at = uvarint(data, at)
+    return take(data, at, size)
+
+
 def _subject(body: Bytes, at: int, version: int) -> tuple[Subject, int]:
-    size, at = uvarint(body, at)
-    name, at = take(body, at, size)
+    name, at = take_counted(body, at)
     total, at = uvarint(body, at)
     first, at = uvarint(body, at)
     last = first

@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # Bytes of a block that are looked at to tell whether it is encrypted, and a record that ends behind.
 _HEAD: Final = 1 << 16
-_MOST: Final = (
-    1 << 30
-)  # bytes of a file that is read whole; nats-server's index.db of 10 million subjects has a half of it
+_MOST: Final = 1 << 30  # bytes of a file that is read whole; an index.db of 10 million subjects has a half of it
 _MOST_BESIDE: Final = 4096  # bytes that are read of a key file or a meta.sum, which have 72 at most
 _NEAR: Final = 1 << 32  # by how much the sequences of two records in a row differ at most
 _BLOCK: Final = re.compile(rb"(\d+)\.(blk|new|key|idx)")

@@ -14,13 +14,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from encfs_js.backing import META, replace_file, sync_directory
+from encfs_js.backing import META, give_to_owner, replace_file, sync_directory
 from encfs_js.errors import ConversionError, StoreBusyError
 
 if TYPE_CHECKING:
     from encfs_js.keyring import Keys
 
 MARK: Final = "encrypting"
+STAGE: Final = ".encfs_js-convert"  # beside `.encfs_js`, in a store that a conversion is filling (staging.py)
 _FORMAT: Final = "encfs_js state"
 _INFO: Final = b"encfs_js state mac v1"
 HOUR_NS: Final = 3600 * 10**9
@@ -63,6 +64,7 @@ def lock(store: str, mountpoint: str, since: str) -> int:
             f"{store} is in use by process {who.get('pid', '(unknown)')}{at} since {who.get('since', '(unknown)')}",
             hint=f"encfs-js umount {who.get('mountpoint') or 'MOUNTPOINT'}",
         ) from None
+    give_to_owner(fd, os.path.dirname(path))
     entry = {"pid": os.getpid(), "host": socket.gethostname(), "mountpoint": mountpoint, "since": since}
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps(entry).encode() + b"\n", 0)
@@ -87,7 +89,7 @@ def _locked(fd: int) -> bool:
 def _entry(fd: int) -> dict[str, object]:
     try:
         entry = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}
 
@@ -117,7 +119,13 @@ def is_half_sealed(store: str) -> bool:
 
 
 def check_whole(store: str) -> None:
-    """Raise ConversionError for a store that is not to be used before the rest of it is sealed."""
+    """Raise ConversionError for a store that is not to be used before the rest of it is sealed, or is there at all."""
+    if os.path.lexists(os.path.join(store, STAGE)):
+        raise ConversionError(
+            f"{store} is the target of a conversion that has not finished",
+            hint="Finish it with the same `encfs-js convert` as before; or, to give it up: "
+            f"rm -r {shlex.quote(os.path.join(store, STAGE))}",
+        )
     if is_half_sealed(store):
         raise ConversionError(
             f"{store}: only a part of it is sealed yet, the rest is as nats-server has encrypted it",
@@ -147,7 +155,7 @@ def load(store: str, keys: Keys) -> State:
             return nothing
         windows = tuple((int(low), int(high)) for low, high in document["windows"])
         return State(bool(document["clean"]), int(document["began"]), windows)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return nothing
 
 

@@ -30,6 +30,37 @@ install_packages() {
         refuse "apt-get install ${missing[*]} failed"
 }
 
+# fetch_package NAME: put the files of a Debian package into .venv/debian/NAME. It is not installed, nothing of it is started.
+# Where the distribution has no such package the directory stays empty.
+fetch_package() {
+    local target=$root/.venv/debian/$1 scratch as_root
+    [ -d "$target" ] && return 0
+    exec 9<"$root/pyproject.toml"
+    flock 9
+    if ! apt-cache show fuse3 >/dev/null 2>&1; then # many containers come without the lists of packages
+        become_root 'the lists of packages' 'apt-get update'
+        "${as_root[@]}" apt-get update -qq >&2 || refuse 'apt-get update failed'
+    fi
+    mkdir -p "$root/.venv/debian"
+    scratch=$(mktemp -d "$root/.venv/debian/.XXXXXX")
+    mkdir "$scratch/files"
+    if ! apt-cache show "$1" >/dev/null 2>&1; then
+        printf 'This distribution has no package %s: tests that need it are skipped\n' "$1" >&2
+    else
+        printf 'Fetching Debian package: %s (it is not installed)\n' "$1" >&2
+        if ! (cd "$scratch" && apt-get download -qq -o APT::Sandbox::User= "$1" && dpkg -x ./*.deb files) >&2; then
+            printf 'It could not be fetched: tests that need it are skipped\n' >&2
+            rm -r "$scratch"
+            exec 9<&-
+            return
+        fi
+    fi
+    # The name appears when all is there. Another run may have come first.
+    [ -d "$target" ] || mv "$scratch/files" "$target"
+    rm -r "$scratch"
+    exec 9<&-
+}
+
 # link_mtab: make /etc/mtab, without which fusermount3 unmounts nothing for a user. systemd makes it, and so do most
 # containers; a tree that debootstrap made has none.
 link_mtab() {

@@ -2,8 +2,9 @@
 
     .venv/bin/python tests/make_server_vectors.py [NATS-SERVER...]
 
-Of the nats-server that is installed: a plain store, one with chachapoly, and one of a node of a cluster with aes. Of every
-other one that is named (2.10 to 2.12 have other versions of index.db): one with aes. JSON: `server`, `key`, `files` (path below
+Of the nats-server that is installed: a plain store, one with chachapoly, one of a node of a cluster with aes, and in `notes/`
+one whose streams have TTLs, schedules and sources. Of every other one that is named (2.10 to 2.12 have other versions of
+index.db): one with aes; of 2.9, which has no index.db, in `old/` one in every mode. JSON: `server`, `key`, `files` (path below
 store_dir to base64), `streams`: name to `messages` (sequence, subject, base64 of the payload, headers; or only how many) and to
 `consumers` (name to the stream sequences of ack floor and last delivery, and how many deliveries are pending).
 """
@@ -16,10 +17,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cluster_world
+import mounts
 import nats_world as world
 import server_stores as stores
 from nats.js import api
@@ -68,6 +71,32 @@ def fill(server: world.Server, replicas: int = 1, settled: Callable[[], None] = 
     settled()
 
 
+def fill_notes(server: world.Server) -> dict[str, float]:
+    """Make streams with TTLs, schedules and sources. Returns the subject of each TTL to when it ends, in seconds since 1970."""
+    ends: dict[str, float] = {}
+
+    async def filling(client: Client, js: JetStreamContext) -> None:
+        async def create(name: str, **config: Any) -> None:
+            request = {"name": name, "retention": "limits", "storage": "file", "num_replicas": 1, **config}
+            said = await client.request(f"$JS.API.STREAM.CREATE.{name}", json.dumps(request).encode(), timeout=20)
+            assert "error" not in json.loads(said.data), said.data
+
+        await create("TTL", subjects=["TTL.>"], allow_msg_ttl=True)
+        await create("PLANS", subjects=["PLANS.>", "DUE.>"], allow_msg_ttl=True, allow_msg_schedules=True)
+        await create("COPY", sources=[{"name": "TTL", "filter_subject": "TTL.a.*"}, {"name": "PLANS"}])
+        for i in range(6):
+            await js.publish(f"TTL.a.{i}", b"gone", headers={"Nats-TTL": f"{4000 + i}s"} if i % 2 == 0 else None)
+            if i % 2 == 0:
+                ends[f"TTL.a.{i}"] = time.time() + 4000 + i
+        for i in range(3):
+            when = {"Nats-Schedule": f"@at 2100-01-01T00:00:0{i}Z", "Nats-Schedule-Target": f"DUE.{i}"}
+            await js.publish(f"PLANS.{i}", b"to do", headers=when)
+
+    world.talk(server, filling)
+    mounts.until(lambda: world.streams(server)["COPY"] == 9, "the copies")
+    return ends
+
+
 def document(store: Path, live: dict[str, stores.Live], version: str) -> dict[str, Any]:
     files = sorted(path for path in store.rglob("*") if path.is_file())
     return {
@@ -99,7 +128,15 @@ def single(binary: str, mode: str, place: Path) -> None:
     with world.serving(place / "store", place / "work", binary=binary, **stores.MODES[mode]) as server:
         fill(server)
         live = stores.ask(server)
-    write(mode, document(place / "store", live, version_of(binary)))
+    version = version_of(binary)
+    write(mode, document(place / "store", live, version), "old" if version.startswith("2.9.") else "")
+
+
+def of_notes(place: Path) -> None:
+    with world.serving(place / "store", place / "work") as server:
+        fill_notes(server)
+        live = stores.ask(server)
+    write("plain", document(place / "store", live, version_of(world.BINARY)), "notes")
 
 
 def of_cluster(mode: str, place: Path) -> None:
@@ -112,8 +149,9 @@ def of_cluster(mode: str, place: Path) -> None:
     write(f"cluster-{mode}", document(places[0], live, version_of(world.BINARY)))
 
 
-def write(name: str, found: dict[str, Any]) -> None:
-    path = DIRECTORY / f"{found['server']}-{name}.json"
+def write(name: str, found: dict[str, Any], below: str = "") -> None:
+    path = DIRECTORY / below / f"{found['server']}-{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="ascii")
     print(path, path.stat().st_size)
 
@@ -124,8 +162,10 @@ def main(others: list[str]) -> None:
         for mode in ("plain", "chachapoly"):
             single(world.BINARY, mode, Path(scratch, mode))
         of_cluster("aes", Path(scratch, "cluster"))
+        of_notes(Path(scratch, "notes"))
         for i, binary in enumerate(others):
-            single(binary, "aes", Path(scratch, f"other{i}"))
+            for mode in stores.MODES if version_of(binary).startswith("2.9.") else ("aes",):
+                single(binary, mode, Path(scratch, f"other{i}-{mode}"))
 
 
 if __name__ == "__main__":

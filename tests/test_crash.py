@@ -211,7 +211,7 @@ def test_a_second_crash_while_trimming_ends_in_the_same_file(name: str, suite: S
             try:
                 crash.trim(io, fd, KEYS)
             except OSError as error:
-                assert error.errno == errno.EIO  # noqa: PT017
+                assert error.errno == errno.EIO
             else:
                 assert at == len(io.calls) + 1 > 2
                 assert io.calls[-1] == "fsync"

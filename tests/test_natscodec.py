@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -34,6 +36,17 @@ PUBLISHED = """
 """.split()  # noqa: SIM905
 
 
+@pytest.fixture(params=["compiled", "python"])
+def which(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Hash once with the extra `fast` and once without it."""
+    if request.param == "python":
+        monkeypatch.setattr(natscodec, "_compiled", None)
+    elif natscodec._compiled is None:
+        pytest.skip("highwayhash-cffi is not installed")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("which")
 @pytest.mark.parametrize(("size", "published"), list(enumerate(PUBLISHED)))
 def test_highwayhash_published(size: int, published: str) -> None:
     data = bytes(range(size))
@@ -43,6 +56,7 @@ def test_highwayhash_published(size: int, published: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("which")
 @pytest.mark.parametrize(
     ("data", "published"), [(bytes(range(128, 161)), "53c516cce478cad7"), (b"\xff", "7858f24d2d79b2b2")]
 )
@@ -52,11 +66,32 @@ def test_highwayhash_published_with_another_key(data: bytes, published: str) -> 
     assert highwayhash64(key, data)[::-1].hex() == published
 
 
-def test_highwayhash_is_fast_enough() -> None:
+def test_highwayhash_is_fast_enough(which: str) -> None:
     data = hashlib.shake_128(b"speed").digest(1 << 20)
     start = time.monotonic()
     highwayhash64(bytes(32), data)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < {"compiled": 0.3, "python": 3}[which]
+
+
+@given(st.binary(min_size=32, max_size=32), st.lists(st.binary(max_size=150), min_size=1, max_size=4))
+@examples(200)
+def test_the_compiled_hash_is_ours(key: bytes, parts: list[bytes]) -> None:
+    if natscodec._compiled is None:
+        pytest.skip("highwayhash-cffi is not installed")
+    assert highwayhash64(key, *map(memoryview, parts)) == natscodec._in_python(key, b"".join(parts))
+
+
+def test_without_the_package_python_hashes() -> None:
+    """As it is where the extra is not installed: the import fails, and nothing else does."""
+    code = """if True:
+        import sys
+        sys.modules["highwayhash"] = None
+        from encfs_js import natscodec
+        assert natscodec._compiled is None
+        print(natscodec.highwayhash64(bytes(range(32)), b"")[::-1].hex().upper())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == PUBLISHED[:1]
 
 
 def test_a_name_makes_a_key() -> None:

@@ -573,7 +573,7 @@ def check_failed_write(io: Backing, fd: int, old: bytes, write: tuple[int, bytes
     try:
         taken = file.write(offset, data)
     except OSError as error:
-        assert error.errno in {errno.ENOSPC, errno.EIO}  # noqa: PT017
+        assert error.errno in {errno.ENOSPC, errno.EIO}
         taken = 0
     assert taken <= len(data)
     plain = assert_sound(fd, old, offset, data, taken)
