@@ -183,8 +183,8 @@ def _rekey(store: str) -> None:
 def _by_daemon(store: str, rate: float | None, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Have the daemon do it, and watch."""
     _rekey(store)
-    _ask(store, {"do": "reencrypt", "rate": rate})
     try:
+        _ask(store, {"do": "reencrypt", "rate": rate})
         while True:
             time.sleep(_POLL)
             progress: dict[str, Any] | None = _ask(store, {"do": "status"})["reencrypt"]
