@@ -87,7 +87,7 @@ def read(store: str) -> list[Closed]:
             Closed(os.fsencode(entry["directory"]), os.fsencode(entry["file"]), int(entry["page"]), str(entry["since"]))
             for entry in document["closed"]
         ]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):  # the last: a page of 1e400
         raise _damaged(store) from None
 
 

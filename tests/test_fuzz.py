@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import server_stores as stores
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from sealed_files import EDGES, PAGE, SUITES, examples, file_keys, memory_file, seal, text
 from test_jetstream import vector_of, with_hash
@@ -597,6 +597,7 @@ def content_of(tree: Any) -> st.SearchStrategy[bytes]:
 
 
 @given(raw=content_of(GUARD))
+@example(raw=json.dumps(GUARD).replace("3", "1e400").encode())
 @examples(300)
 def test_changed_guards(store: Path, raw: bytes) -> None:
     (store / META / "guard").write_bytes(raw)
