@@ -123,7 +123,9 @@ def _as_json(report: Report) -> dict[str, Any]:
 def _print(store: str, report: Report, kind: str) -> None:
     for damage in report.damage:
         parts = ", ".join(told(damage.subject, damage.lost))
-        print(f"damaged: {shown(damage.path)} byte {damage.offset}: {damage.why}" + (f": {parts}" if parts else ""))
+        print(
+            f"damaged: {shown(damage.path)} byte {damage.offset}: {shown(damage.why)}" + (f": {parts}" if parts else "")
+        )
     for path, offset in report.torn:
         print(f"unclean stop: {shown(path)} ends within a record at byte {offset}; nats-server cuts it there")
     for path, error in report.unreadable:

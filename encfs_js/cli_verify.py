@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from encfs_js import cli_servercheck, keyring, keystore, metacheck, servercheck, state
+from encfs_js import cli_servercheck, hygiene, keyring, keystore, metacheck, servercheck, state
 from encfs_js import verify as verification
 from encfs_js.backing import META, Backing
 from encfs_js.cli_key import ORDER, Source, key_options
@@ -63,9 +64,12 @@ def verify(
     STORE may also be a store as nats-server keeps it, plain or encrypted by itself: then whatever has a tag, a hash or a form is
     checked, and the key is nats-server's.
     """
+    if rate is not None and math.isnan(rate):
+        raise click.BadParameter("not a number", click.get_current_context(), param_hint="'--rate'")
     store = source.store(store)
+    hygiene.no_dumps()
     work = jobs or cores(), None if rate is None else rate * (1 << 20)
-    if not os.path.lexists(os.path.join(store, META)) and servercheck.is_store(store):
+    if not os.path.lexists(os.path.join(store, META)) and servercheck.is_store(Backing(), store):
         cli_servercheck.verify(source, store, prev_key_file, *work, as_json=as_json)
         return
     keystore.load(store)  # nobody should be asked for the key of what is no store

@@ -37,6 +37,8 @@ RUN: Final = 64
 # its system calls for far less than that.
 _LOOKS: Final = 10
 _PAUSE: Final = 0.02
+# Damaged pages of one file (a gigabyte of them) that are looked for: a hole of terabytes costs nobody anything to make.
+_MOST: Final = 1 << 18
 # A file that is rewritten under the mount: so many times a pause of so many seconds; a gigabyte takes 4 s.
 _REWRITES: Final = 100
 _REWRITE: Final = 0.1
@@ -166,7 +168,10 @@ class File:
         return content, holes
 
     def check(self) -> list[int]:
-        """Return, ascending, every page that a reader must refuse; of a file with a bad header, only both ends."""
+        """Return, ascending, every page that a reader must refuse; of a file with a bad header, only both ends.
+
+        Of one that has more than _MOST of them these, and the last page.
+        """
         damaged: list[int] = []
         page = singly = 0
         while page < self.pages:
@@ -191,6 +196,8 @@ class File:
                 return [0, self.whole] if self.rest and self.whole else [0]
             damaged.append(self._refused(page))
             page += 1
+            if len(damaged) == _MOST:
+                return sorted({*damaged, self.pages - 1})
         return damaged
 
     def _open(self, page: int, count: int) -> int:

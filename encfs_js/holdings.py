@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import struct
@@ -35,6 +36,7 @@ T = TypeVar("T")
 MOST: Final = 128 << 20  # bytes of a file that is read whole
 MOST_SUBJECTS: Final = 1 << 20  # that are counted without index.db
 _TRIES: Final = 3
+_DEEPEST: Final = 32  # objects and lists in each other in a configuration
 _PAUSE: Final = 0.02  # seconds; nats-server writes index.db and o.dat within that
 _BLOCK: Final = re.compile(rb"(\d+)\.blk")
 _SNAPSHOT: Final = re.compile(rb"snap\.\d+\.\d+")
@@ -213,10 +215,23 @@ def _config(reader: Reader, path: bytes, label: str) -> dict[str, Any] | None:
         plain = _whole(content, name)
         if total is not None:  # of an encrypted one it was made anew, if it was right
             jetstream.check_meta(plain, total, label, name)
-        return jetstream.parse_meta(plain, name)
+        found = jetstream.parse_meta(plain, name)
+        if not _is_usual(found):
+            raise jetstream.damaged(name, 0, "JSON that nats-server does not write")
+        return found
 
     total = reader.read(path + b"/meta.sum", _whole)
     return reader.read(path + b"/meta.inf", checked)
+
+
+def _is_usual(value: object, depth: int = 0) -> bool:
+    """Tell whether JSON is such as nats-server writes: numbers of 64 bits, finite ones, and not too deep."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth < _DEEPEST and all(_is_usual(each, depth + 1) for each in inner)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
 
 
 def _progress(content: Content, path: str) -> Progress:

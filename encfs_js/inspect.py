@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_DEEPEST: Final = 256  # directories in each other, each of which takes a descriptor; nats-server needs nine
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,12 @@ def walk(io: Backing, store: str, failed: Callable[[bytes, OSError], None]) -> I
     """Yield everything in a store in the order of names, each hard linked file once; without `.encfs_js`.
 
     Symlinks are yielded and never followed, other file systems not entered. What goes away during the walk is
-    left out; a directory or an entry that cannot be looked at is handed to `failed`. Raises OSError when the
-    store cannot be opened.
+    left out; a directory or an entry that cannot be looked at is handed to `failed`, as is one that lies too deep. Raises
+    OSError when the store cannot be opened.
     """
     seen: set[tuple[int, int]] = set()
 
-    def below(directory: int, prefix: bytes) -> Iterator[Entry]:
+    def below(directory: int, prefix: bytes, depth: int) -> Iterator[Entry]:
         try:
             names = sorted(io.listdir(directory))
         except OSError as problem:
@@ -59,10 +60,12 @@ def walk(io: Backing, store: str, failed: Callable[[bytes, OSError], None]) -> I
                 if status.st_dev != device:
                     raise OSError(errno.EXDEV, "another file system is mounted there")
                 if stat.S_ISDIR(status.st_mode):
+                    if depth == _DEEPEST:
+                        raise OSError(errno.ELOOP, f"more than {_DEEPEST} directories in each other")
                     inner = io.open(name, _DIRECTORY, dir_fd=directory)
                     try:
                         yield Entry(path, directory, name, status)
-                        yield from below(inner, path + b"/")
+                        yield from below(inner, path + b"/", depth + 1)
                     finally:
                         io.close(inner)
                     continue
@@ -79,7 +82,7 @@ def walk(io: Backing, store: str, failed: Callable[[bytes, OSError], None]) -> I
     top = io.open(store, _DIRECTORY & ~os.O_NOFOLLOW)
     try:
         device = io.fstat(top).st_dev
-        yield from below(top, b"")
+        yield from below(top, b"", 0)
     finally:
         io.close(top)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _BLOCK: Final = re.compile(rb"(\d+)\.blk")
 MOST: Final = 128 << 20  # bytes of a file that is read whole for this
+_MOST_DELETED: Final = 1 << 20  # sequences that index.db may call deleted in a block, so that memory holds them
 
 
 class Source(NamedTuple):
@@ -47,7 +48,9 @@ def _bounds(source: Source, path: bytes, about: impact.Subject, mtime: int) -> i
         index, written = found
         state = next((state for state in index.blocks if state.number == about.block), None)
         if state is not None:
-            first, deleted = state.first_seq, tuple(serverstate.deleted_sequences(state))
+            first = state.first_seq
+            if sum(bits.bit_count() for _, bits in state.deleted) <= _MOST_DELETED:
+                deleted = tuple(serverstate.deleted_sequences(state))
             # The last block may have got more since: nats-server writes index.db when it stops, and every two minutes.
             if index.last_block != about.block or mtime <= written:
                 last = state.last_seq

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _COUNT: Final = 8  # bytes of a counter
+_LONGEST: Final = 3600.0  # seconds: the system takes no number of them
 
 
 class Meter:
@@ -48,4 +49,4 @@ class Meter:
         self._counts[self._own] += count
         if self._rate is not None:
             while (ahead := self._begun + self.total / self._rate - self._clock()) > 0:
-                self._sleep(ahead)
+                self._sleep(min(ahead, _LONGEST))

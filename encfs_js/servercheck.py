@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
-from encfs_js import impact, jetstream, loss, serverkeys, servernotes, serverstate, serverstore
+from encfs_js import census, impact, jetstream, loss, serverkeys, servernotes, serverstate, serverstore
 from encfs_js.errors import FormatError, WrongKeyError
 from encfs_js.meter import Meter
 from encfs_js.near import Near, portions, totals
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 _LOOKS: Final = 5
 _PAUSE: Final = 0.1
+_MOST: Final = 1 << 30  # bytes of a file that is read whole; blocks are read up to jetstream.MAX_BLOCK
+_SHORT: Final = 4096  # bytes that are read of a key file or a meta.sum, which have 72 at most
 _SAID: Final = re.compile(r"(?:byte (\d+): )?(.*)", re.DOTALL)
 _LAST: Final = re.compile(rb"(\d+)\.blk")
+_NOT_ZERO: Final = re.compile(rb"[^\0]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +89,10 @@ class Report:
         return not self.opened and any(damage.locked for damage in self.damage)
 
 
-def is_store(store: str) -> bool:
-    """Tell whether a directory looks like a JetStream store: <account>/streams or a raft group below `jetstream`."""
-    top = os.path.join(store, "jetstream")
+def is_store(io: Backing, store: str) -> bool:
+    """Tell whether a directory looks like a JetStream store."""
     try:
-        return any(
-            os.path.isdir(os.path.join(top, account, inner))
-            for account in os.listdir(top)
-            for inner in ("streams", "_js_")
-        )
+        return census.looks_like_a_store(io, store)
     except OSError:
         return False
 
@@ -189,14 +187,19 @@ class _Checker:
             self._io.close(fd)
         return status.st_size, status.st_ctime_ns, status.st_mtime_ns
 
-    def _raw(self, path: bytes) -> bytes | None:
-        """Return a file as it lies there, None when there is none. Raises OSError."""
+    def _raw(self, path: bytes, most: int | None = None) -> bytes | None:
+        """Return a file as it lies there, `most` bytes of it; None when there is none.
+
+        Raises OSError, without `most` FormatError for one that is larger than any of nats-server's.
+        """
         fd = self._near.file(path)
         if fd is None:
             return None
         try:
-            data = bytearray(self._io.fstat(fd).st_size)
-            done = 0
+            size, done = self._io.fstat(fd).st_size, 0
+            if most is None and size > _MOST:
+                raise FormatError(f"{os.fsdecode(path)}: {size} bytes are more than nats-server writes there")
+            data = bytearray(size if most is None else min(size, most))
             while done < len(data) and (got := self._io.preadv(fd, [memoryview(data)[done:]], done)):
                 done += got
         finally:
@@ -204,11 +207,15 @@ class _Checker:
         return bytes(data[:done])
 
     def _content(self, path: bytes) -> tuple[bytes, Content]:
-        """Return the plain bytes of a file, and the closed content that says how it lay there. Raises as open_content does."""
+        """Return the plain bytes of a file, and the closed content that says how it lay there. Raises as open_content does.
+
+        Of a block that is longer than any of nats-server's, the first MAX_BLOCK bytes.
+        """
         parent, _, name = path.rpartition(b"/")
         content = serverstore.open_content(self._io, self._near.directory(parent), name, path, self._keys)
         try:
-            return bytes(content.read(0, content.size)), content
+            most = jetstream.MAX_BLOCK if place_of(path).kind is Kind.BLOCK else content.size
+            return bytes(content.read(0, min(content.size, most))), content
         finally:
             content.close()
 
@@ -222,7 +229,7 @@ class _Checker:
                 self._meter.add(size)
             elif place.kind is Kind.KEY:
                 assert place.asset is not None
-                serverkeys.open_key_file(self._raw(path) or b"", place.asset, self._keys, os.fsdecode(path))
+                serverkeys.open_key_file(self._raw(path, _SHORT) or b"", place.asset, self._keys, os.fsdecode(path))
                 report.opened += 1
             elif place.kind is Kind.SUM:
                 pass  # with its meta.inf
@@ -234,7 +241,7 @@ class _Checker:
                 elif size and self._is_encrypted(path, place):
                     report.plaintext.append((path, size))
                 if not place.staged:
-                    self._plain(report, path, place, plain, mtime)
+                    self._plain(report, path, place, plain, mtime, content.size)
         except WrongKeyError as problem:
             self._put_down(report, path, problem, mtime, locked=True)
         except FormatError as problem:
@@ -264,12 +271,12 @@ class _Checker:
             for name in beside
         )
 
-    def _plain(self, report: Report, path: bytes, place: Place, plain: bytes, mtime: int) -> None:
-        """Check the plain content of what nats-server may encrypt. Raises FormatError."""
+    def _plain(self, report: Report, path: bytes, place: Place, plain: bytes, mtime: int, content_size: int) -> None:
+        """Check the plain content of what nats-server may encrypt; of a block `plain` may be a part. Raises FormatError."""
         name = os.fsdecode(path)
         match place.kind:
             case Kind.META:
-                checksum = self._raw(os.path.dirname(path) + b"/meta.sum")
+                checksum = self._raw(os.path.dirname(path) + b"/meta.sum", _SHORT)
                 if checksum is None:
                     raise jetstream.damaged(name, 0, "meta.sum is missing")
                 jetstream.check_meta(self._raw(path) or b"", checksum, place.label, name)
@@ -281,7 +288,7 @@ class _Checker:
                 self._belongs(report, path, index)
             case Kind.BLOCK:
                 report.blocks += 1
-                self._block(report, path, place, plain, mtime)
+                self._block(report, path, place, plain, mtime, longer=content_size > jetstream.MAX_BLOCK)
             case _:
                 pass
 
@@ -315,8 +322,11 @@ class _Checker:
                 "or a purge removed since may come back"
             )
 
-    def _block(self, report: Report, path: bytes, place: Place, plain: bytes, mtime: int) -> None:
-        """Read every record of a block; put down where that is not possible, and go on behind it. Raises FormatError."""
+    def _block(self, report: Report, path: bytes, place: Place, plain: bytes, mtime: int, *, longer: bool) -> None:
+        """Read every record of a block; put down where that is not possible, and go on behind it. Raises FormatError.
+
+        longer: the file has more than these bytes, and more than it may.
+        """
         name = os.fsdecode(path)
         block, _ = jetstream.plain_block(plain, None, place.label, name)
         holes: list[tuple[int, int, str]] = []
@@ -329,10 +339,14 @@ class _Checker:
                     start = at + record.offset + record.length
                 at = len(block)
             except FormatError as problem:
-                following = jetstream.find_record(block, place.label, start + 1)
+                found = _NOT_ZERO.search(block, start)  # at most three zeros begin a record
+                following = found and jetstream.find_record(block, place.label, max(start + 1, found.start() - 3))
                 end = len(block) if following is None else following.offset
                 holes.append((start, end, _said(problem, name)[1]))
                 at = end
+        if longer:
+            start = holes.pop()[0] if holes and holes[-1][1] == len(block) else len(block)
+            holes.append((start, len(block) + 1, "a block longer than any that nats-server writes"))
         directory = os.path.dirname(path)
         if (
             holes

@@ -81,7 +81,7 @@ def block(store: Path, stream: str, number: int, mode: str) -> list[jetstream.Re
 
 
 def test_a_store_that_a_server_has_left_is_sound(store: Path, mode: str) -> None:
-    assert is_store(str(store))
+    assert is_store(Backing(), str(store))
     assert has_keys(Backing(), str(store)) == (mode != "plain")
     report = checked(store)
     assert report.damage == report.torn == report.plaintext == report.unreadable == report.warnings == []
@@ -279,12 +279,15 @@ def test_nothing_is_written(store: Path) -> None:
 
 def test_a_directory_that_is_no_store_is_none(tmp_path: Path) -> None:
     (tmp_path / "jetstream/account").mkdir(parents=True)
-    assert not is_store(str(tmp_path))
-    assert not is_store(str(tmp_path / "missing"))
+    assert not is_store(Backing(), str(tmp_path))
+    assert not is_store(Backing(), str(tmp_path / "missing"))
     mounts.run("verify", tmp_path, code=14)
     (tmp_path / "jetstream/account/streams").mkdir()
-    assert is_store(str(tmp_path))
+    assert is_store(Backing(), str(tmp_path))
     assert serverstore.place_of(b"jetstream/account/streams/S/msgs/1.blk").number == 1
+    os.rename(tmp_path / "jetstream/account", tmp_path / "account")  # as it was before 2.2
+    os.rmdir(tmp_path / "jetstream")
+    assert is_store(Backing(), str(tmp_path))
 
 
 @pytest.mark.parametrize("name", VECTORS)
