@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from encfs_js import jetstream, serverstate
-from encfs_js.errors import FormatError, WrongKeyError
+from encfs_js.errors import FormatError, StoreIoError, WrongKeyError
 from encfs_js.serverkeys import KEY_FILES, NONCES, TAG, open_key_file
 from encfs_js.serverstore import Kind, place_of
 
@@ -117,6 +117,19 @@ def looks_like_a_store(io: Backing, store: str) -> bool:
                 inside = io.listdir(inner)
                 return not inside or any(_OWNING & _below(io, inner, name) for name in inside)
         return any(_OWNING & _below(io, top, name) for name in names)
+
+
+def is_store(io: Backing, store: str) -> bool:
+    """Tell the same of what may not be there. Raises StoreIoError where this user may not look."""
+    try:
+        return looks_like_a_store(io, store)
+    except PermissionError as problem:
+        raise StoreIoError(
+            f"{store}: what is in it cannot be looked at: {problem.strerror}",
+            hint="Run the command as the user that owns the store.",
+        ) from None
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

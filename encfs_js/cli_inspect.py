@@ -50,7 +50,7 @@ def inspect(source: Source, prev_key_file: str | None, store: str | None, as_jso
     try:
         opened, warning = keystore.load(store)
     except NotAStoreError:
-        if not _is_of_nats_server(io, store):
+        if not rolls.is_store(io, store):
             raise
         opened, warning = None, ""
     keys = _Keys()
@@ -104,13 +104,6 @@ class _Found:
     survey: Survey
     told: dict[str, Any]
     problem: EncfsError | None
-
-
-def _is_of_nats_server(io: Backing, store: str) -> bool:
-    try:
-        return rolls.looks_like_a_store(io, store)
-    except OSError:
-        return False
 
 
 def _is_given(source: Source) -> bool:

@@ -37,8 +37,8 @@ RUN: Final = 64
 # its system calls for far less than that.
 _LOOKS: Final = 10
 _PAUSE: Final = 0.02
-# Damaged pages of one file (a gigabyte of them) that are looked for: a hole of terabytes costs nobody anything to make.
-_MOST: Final = 1 << 18
+# Damaged pages of one file that are looked for, 256 MiB of them: a hole of terabytes costs nobody anything to make.
+_MOST: Final = 1 << 16
 # A file that is rewritten under the mount: so many times a pause of so many seconds; a gigabyte takes 4 s.
 _REWRITES: Final = 100
 _REWRITE: Final = 0.1
@@ -219,7 +219,8 @@ class File:
                 self._pause = 0  # damage that stays is in this file: no need to wait at each of its pages
                 return False
             seen = now
-            self._sleep(self._pause)
+            if self._pause:
+                self._sleep(self._pause)
             self.measure()
             try:
                 if page >= self.pages or self._open(page, 1):

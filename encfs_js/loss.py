@@ -48,9 +48,7 @@ def _bounds(source: Source, path: bytes, about: impact.Subject, mtime: int) -> i
         index, written = found
         state = next((state for state in index.blocks if state.number == about.block), None)
         if state is not None:
-            first = state.first_seq
-            if sum(bits.bit_count() for _, bits in state.deleted) <= _MOST_DELETED:
-                deleted = tuple(serverstate.deleted_sequences(state))
+            first, deleted = state.first_seq, deleted_in(state)
             # The last block may have got more since: nats-server writes index.db when it stops, and every two minutes.
             if index.last_block != about.block or mtime <= written:
                 last = state.last_seq
@@ -63,6 +61,13 @@ def _bounds(source: Source, path: bytes, about: impact.Subject, mtime: int) -> i
         if last is None and behind and (edges := _edges(source, directory, behind[0])):
             last = edges[0] - 1
     return impact.Bounds(first, last, deleted)
+
+
+def deleted_in(state: serverstate.BlockState) -> tuple[int, ...]:
+    """Return the sequences that index.db calls deleted in a block; none where they are more than memory should hold."""
+    if sum(bits.bit_count() for _, bits in state.deleted) > _MOST_DELETED:
+        return ()
+    return tuple(serverstate.deleted_sequences(state))
 
 
 def _index(source: Source, directory: bytes, owner: str) -> tuple[serverstate.Index, int] | None:

@@ -50,11 +50,16 @@ def pool(
     try:
         for number in range(jobs):
             here, there = Pipe()
-            parent, pid = os.getpid(), os.fork()
-            if not pid:
-                _child(here, there, workers, parent, work, partial(begin, number) if begin else None)
+            # Ctrl-C in a fork is lost in what Python calls after one, or leaves a process that nobody knows of.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                parent, pid = os.getpid(), os.fork()
+                if not pid:
+                    _child(here, there, workers, parent, work, partial(begin, number) if begin else None)
+                workers[here] = pid
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             there.close()
-            workers[here] = pid
         yield lambda tasks: _spread(workers, tasks)
     finally:
         for connection, pid in workers.items():

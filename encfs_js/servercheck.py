@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
-from encfs_js import census, impact, jetstream, loss, serverkeys, servernotes, serverstate, serverstore
+from encfs_js import impact, jetstream, loss, serverkeys, servernotes, serverstate, serverstore
 from encfs_js.errors import FormatError, WrongKeyError
 from encfs_js.meter import Meter
 from encfs_js.near import Near, portions, totals
@@ -87,14 +87,6 @@ class Report:
     def locked(self) -> bool:
         """Whether there are key files, and the keys open none of them: they are the wrong ones, and nothing is known."""
         return not self.opened and any(damage.locked for damage in self.damage)
-
-
-def is_store(io: Backing, store: str) -> bool:
-    """Tell whether a directory looks like a JetStream store."""
-    try:
-        return census.looks_like_a_store(io, store)
-    except OSError:
-        return False
 
 
 def has_keys(io: Backing, store: str) -> bool:

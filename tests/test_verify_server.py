@@ -15,7 +15,8 @@ from test_jetstream import VECTORS, unpack
 
 from encfs_js import jetstream, serverkeys, serverstore
 from encfs_js.backing import Backing
-from encfs_js.servercheck import Report, check, has_keys, is_store
+from encfs_js.census import is_store
+from encfs_js.servercheck import Report, check, has_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
