@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TOP: Final = b"jetstream"
 _OWNING: Final = frozenset({b"streams", b"_js_"})
-_BLOCK: Final = re.compile(rb"\d+\.blk")
 _HEAD: Final = 1 << 16  # bytes of a block that are looked at
 _MOST: Final = 64 << 20  # bytes of a file that are looked at to see whether it is plain
 
@@ -202,7 +200,7 @@ class Census:
         for owner in owners[-1:]:
             parts = entry.path.removeprefix(owner.path + b"/").split(b"/")
             owner.leftovers += place.staged or parts[0] in {b"__msgs__", b"__new_msgs__"}
-            owner.blocks += len(parts) == 2 and parts[0] == b"msgs" and _BLOCK.fullmatch(parts[1]) is not None
+            owner.blocks += len(parts) == 2 and parts[0] == b"msgs" and len(jetstream.block_numbers(parts[1:]))
         if place.kind is Kind.KEY and nature.mode in {Mode.SERVER, Mode.EMPTY}:
             self._take_key_file(entry, fd, seen.size, place, owners)
 
@@ -295,10 +293,10 @@ def _is_plain(io: Backing, fd: int, size: int, place: Place, path: str) -> bool:
             case Kind.BLOCK:
                 if (compressed := jetstream.begins_compressed(head)) is not None:
                     return compressed
-                length = jetstream.record_length(head, 0)
-                if length is None or length > size:
+                record = jetstream.head_of(head, 0)
+                if record is None or record.length > size:
                     return False
-                first = head[:length] if length <= len(head) else _head(io, fd, length)
+                first = head[: record.length] if record.length <= len(head) else _head(io, fd, record.length)
                 next(jetstream.records(first, place.label, path))
             case Kind.OLD_INDEX:
                 return head[:2] == b"\x16\x01"

@@ -279,6 +279,7 @@ class _Keys:
             document = keyring.create(key, kind=kind, cipher=self._cipher or Suite.CHACHAPOLY, plaintext="refuse")
             keystore.write(stage.path, document)
             _, self._keys = unlock(stage.path, key)
+            state.found(stage.path, self._keys, time.time_ns())
         return _sealed_side("", self._keys, self._cipher)
 
 

@@ -124,7 +124,8 @@ def _origin(store: str, given: str | None) -> str:
     if given == "server" and there:
         raise ConversionError(
             f"{store} is an encfs_js store: what nats-server encrypts on its mount is sealed as it is",
-            hint="Decrypt it first (encfs-js decrypt), or convert it: encfs-js convert --help",
+            hint="If `encrypt --from server` was at work here before, it has ended. To open what nats-server encrypts on a "
+            "mount: encfs-js decrypt, then encfs-js convert --help",
         )
     if given is None and not there:
         for entry in sealing.entries(Backing(), store):
@@ -207,9 +208,7 @@ def _seal(job: _Job, run: room.State | None, show: Show, look: Callable[[], None
     sealing.seal_all(io, store, job.server_keys, file_keys, keys.derive(redo.INFO), progress, between)
     job.records = recordcheck.check(io, store, lambda entry: content(io, entry, file_keys), look)
     if not room.load(store, keys).began:
-        room.save(
-            store, keys, room.State(clean=True, began=_now(), windows=())
-        )  # that one is missing is to mean something
+        room.found(store, keys, _now())
     if job.origin == "server":
         job.key_files, job.left_out = sealing.remove_keys(io, store)
         room.unmark(store)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from encfs_js import census as rolls
-from encfs_js import cli_census, holdings, hygiene, keysource, keystore, state
+from encfs_js import cli_census, holdings, keysource, keystore, state
 from encfs_js import inspect as inspection
 from encfs_js.backing import Backing
 from encfs_js.cli_key import Source, key_options
@@ -45,7 +45,6 @@ def inspect(source: Source, prev_key_file: str | None, store: str | None, as_jso
     Nothing of this is authenticated: `verify` does that.
     """
     store = source.store(store)
-    hygiene.no_dumps()
     io = Backing()
     try:
         opened, warning = keystore.load(store)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from encfs_js import config as configuration
-from encfs_js import keyring, keysource, keystore, recovery
+from encfs_js import hygiene, keyring, keysource, keystore, recovery
 from encfs_js.errors import ConfigError, KeyMissingError
 from encfs_js.format import Suite
 
@@ -110,6 +110,7 @@ def key_options(command: F) -> F:
     def wrapped(
         *, key_file: str | None, credential: str | None, tpm: bool, config: str | None, **rest: object
     ) -> object:
+        hygiene.no_dumps()  # the environment, too, is only root's to read from here on
         # What the rooms below log (a key file that others can read, say) is for the person at the terminal.
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("encfs-js: warning: %(message)s"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from encfs_js import census, cli_servercheck, hygiene, keyring, keystore, metacheck, state
+from encfs_js import census, cli_servercheck, keyring, keystore, metacheck, state
 from encfs_js import verify as verification
 from encfs_js.backing import META, Backing
 from encfs_js.cli_key import ORDER, Source, key_options
@@ -67,7 +67,6 @@ def verify(
     if rate is not None and math.isnan(rate):
         raise click.BadParameter("not a number", click.get_current_context(), param_hint="'--rate'")
     store = source.store(store)
-    hygiene.no_dumps()
     work = jobs or cores(), None if rate is None else rate * (1 << 20)
     if not os.path.lexists(os.path.join(store, META)) and census.is_store(Backing(), store):
         cli_servercheck.verify(source, store, prev_key_file, *work, as_json=as_json)

@@ -13,7 +13,6 @@ import errno
 import math
 import os
 import re
-import struct
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
@@ -38,11 +37,7 @@ MOST_SUBJECTS: Final = 1 << 20  # that are counted without index.db
 _TRIES: Final = 3
 _DEEPEST: Final = 32  # objects and lists in each other in a configuration
 _PAUSE: Final = 0.02  # seconds; nats-server writes index.db and o.dat within that
-_BLOCK: Final = re.compile(rb"(\d+)\.blk")
 _SNAPSHOT: Final = re.compile(rb"snap\.\d+\.\d+")
-_HEAD: Final = struct.Struct("<IQqH")  # length, sequence, time, length of the subject
-_ERASED: Final = 1 << 63
-_TOMBSTONE: Final = 1 << 62
 
 
 class State(NamedTuple):
@@ -240,8 +235,7 @@ def _progress(content: Content, path: str) -> Progress:
 
 
 def _numbers(reader: Reader, path: bytes) -> list[int]:
-    matches = map(_BLOCK.fullmatch, reader.names(path + b"/msgs"))
-    return sorted(int(match[1]) for match in matches if match)
+    return jetstream.block_numbers(reader.names(path + b"/msgs"))
 
 
 def _block(owner: Owner, number: int) -> bytes:
@@ -343,22 +337,22 @@ def _heads(block: bytes, dead: set[int], path: str) -> tuple[list[_Counted], int
     found: list[_Counted] = []
     last = highest = highest_time = at = 0
     while at < len(block):
-        length = jetstream.record_length(block, at)
-        if length is None or length > len(block) - at:
-            problem = "the block ends within a record" if length or len(block) - at < 30 else "no record begins here"
+        head = jetstream.head_of(block, at)
+        if head is None or head.length > len(block) - at:
+            cut = head is not None or len(block) - at < jetstream.SHORTEST
+            problem = "the block ends within a record" if cut else "no record begins here"
             return found, highest, highest_time, jetstream.damaged(path, at, problem)
-        _, raw, when, subject_length = _HEAD.unpack_from(block, at)
-        seq = raw & ~(_ERASED | _TOMBSTONE)
-        if seq > highest or (seq == highest and not highest_time):  # an erased one has no time, its tombstone has it
-            highest, highest_time = seq, when
-        if raw & _TOMBSTONE:
-            dead.add(seq)
-        elif seq > last:
-            last = seq
-            if not raw & _ERASED:
-                start = at + _HEAD.size
-                found.append(_Counted(length, seq, when, block[start : start + subject_length]))
-        at += length
+        # An erased one has no time, its tombstone has it.
+        if head.seq > highest or (head.seq == highest and not highest_time):
+            highest, highest_time = head.seq, head.time
+        if head.tombstone:
+            dead.add(head.seq)
+        elif head.seq > last:
+            last = head.seq
+            if not head.erased:
+                start = at + jetstream.BEFORE_SUBJECT
+                found.append(_Counted(head.length, head.seq, head.time, block[start : start + head.subject]))
+        at += head.length
     return found, highest, highest_time, None
 
 

@@ -11,19 +11,16 @@ import os
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from encfs_js.jetstream import find_record, record_length
+from encfs_js.jetstream import BEFORE_SUBJECT, Finder, head_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from encfs_js.jetstream import Record
+    from encfs_js.jetstream import Head, Record
 
     Bytes = bytes | memoryview
 
-_BLOCK: Final = re.compile(r"(\d+)\.(blk|key|idx|fss)")
-_ERASED: Final = 1 << 63
-_TOMBSTONE: Final = 1 << 62
-_HEAD: Final = 22  # bytes of a record up to its subject
+_BLOCK: Final = re.compile(r"([1-9][0-9]*)\.(blk|key|idx|fss)")
 
 
 class Subject(NamedTuple):
@@ -169,14 +166,11 @@ def lost(block: Bytes, holes: Sequence[tuple[int, int]], name: str, bounds: Boun
     if bytes(view[:3]) == b"cmp" and holes[0][0] >= 3:  # of a compressed block nothing can be read without the whole
         whole = [_Gap(0, math.inf, bounds.first, bounds.last)]
         return [_cost(whole, set(bounds.deleted), hole) for hole in holes]
-    length = record_length(view, 0)
-    if (
-        length
-        and length <= len(view)
-        and not _overlaps(holes, 0, length)
-        and find_record(view[:length], name, 0) is None
-    ):
-        return [UNKNOWN for _ in holes]
+    first = head_of(view, 0)
+    if first is not None and first.length <= len(view) and not _overlaps(holes, 0, first.length):
+        found = Finder(view[: first.length], name).find(0)
+        if found is None:
+            return [UNKNOWN for _ in holes]
     gaps: list[_Gap] = []
     deleted = set(bounds.deleted)
     seen = 0  # the last sequence
@@ -188,19 +182,18 @@ def lost(block: Bytes, holes: Sequence[tuple[int, int]], name: str, bounds: Boun
     def low() -> int | None:
         return max(seen + 1, bounds.first or 1) if seen or bounds.first is not None else None
 
-    for at, end, raw in _heads(view, holes, name, fits):
-        if raw is None:
+    for at, end, head in _heads(view, holes, name, fits):
+        if head is None:
             start = at if start is None else start
-        elif raw & _TOMBSTONE:
-            deleted.add(raw & ~(_ERASED | _TOMBSTONE))
+        elif head.tombstone:
+            deleted.add(head.seq)
         else:
-            seq = raw & ~_ERASED
             if start is not None:
-                gaps.append(_Gap(start, at, low(), seq - 1))
+                gaps.append(_Gap(start, at, low(), head.seq - 1))
                 start = None
-            if not raw & _ERASED and _overlaps(holes, at, end):
-                gaps.append(_Gap(at, end, seq, seq))
-            seen = max(seen, seq)
+            if not head.erased and _overlaps(holes, at, end):
+                gaps.append(_Gap(at, end, head.seq, head.seq))
+            seen = max(seen, head.seq)
     if start is not None:
         gaps.append(_Gap(start, math.inf, low(), bounds.last))
     return [_cost(gaps, deleted, hole) for hole in holes]
@@ -208,34 +201,34 @@ def lost(block: Bytes, holes: Sequence[tuple[int, int]], name: str, bounds: Boun
 
 def edges(block: Bytes) -> tuple[int, int] | None:
     """Return the first and the last sequence of a sound plain block; None if it has none, or is none of plain records."""
-    heads = [raw for _, _, raw in _heads(memoryview(block), [], "", lambda _: False)]
+    heads = [head for _, _, head in _heads(memoryview(block), [], "", lambda _: False)]
     if None in heads:
         return None
-    found = [raw & ~_ERASED for raw in heads if raw is not None and not raw & _TOMBSTONE]
+    found = [head.seq for head in heads if head is not None and not head.tombstone]
     return (min(found), max(found)) if found else None
 
 
 def _heads(
     view: memoryview, holes: Sequence[tuple[int, int]], name: str, fits: Callable[[Record], bool]
-) -> Iterator[tuple[int, int, int | None]]:
-    """Yield (start, end, sequence with its flags) of the records whose head can be read, and None for bytes in between.
+) -> Iterator[tuple[int, int, Head | None]]:
+    """Yield (start, end, head) of the records whose head can be read, and None for bytes in between.
 
     fits: whether a record that was found behind a hole can be the next one.
     """
-    at, limit = 0, len(view)
+    at, limit, finder = 0, len(view), Finder(view, name)
     while at < limit:
         hole = next(((start, end) for start, end in holes if end > at), (limit, limit))
-        if at + _HEAD <= hole[0]:
-            length = record_length(view, at)
-            if length is None or (at + length > limit and holes[-1:] and holes[-1][1] <= limit):
+        if at + BEFORE_SUBJECT <= hole[0]:
+            head = head_of(view, at)
+            if head is None or (at + head.length > limit and holes[-1:] and holes[-1][1] <= limit):
                 yield at, limit, None  # no record, although it can be read
                 return
-            yield at, at + length, int.from_bytes(view[at + 4 : at + 12], "little")
-            at += length
+            yield at, at + head.length, head
+            at += head.length
             continue
         end = hole[1]
         while end < limit:
-            record = find_record(view, name, end)
+            record = finder.find(end)
             if record is None:
                 end = limit
             elif (next_hole := _overlaps(holes, record.offset, record.offset + record.length)) or not fits(record):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -19,7 +20,7 @@ from encfs_js.errors import FormatError
 from encfs_js.natscodec import S2_MAGIC, MalformedError, hash_key, highwayhash64, s2_stream, uvarint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from encfs_js.serverkeys import Keystream
 
@@ -28,12 +29,18 @@ if TYPE_CHECKING:
 MAX_RECORD: Final = 32 << 20  # nats-server takes a longer record for damage
 MAX_BLOCK: Final = 64 << 20  # plain bytes of a compressed block: nats-server closes one at 8 MiB and a record
 HASH: Final = 8
-_IN_VAIN: Final = 4  # times the length of a block
+_BLOCK_FILE: Final = re.compile(rb"([1-9][0-9]*)\.blk")
+_IN_VAIN: Final = 4
 
 _RECORD: Final = struct.Struct("<IQqH")  # length, sequence, time, length of the subject
+BEFORE_SUBJECT: Final = _RECORD.size
+SHORTEST: Final = BEFORE_SUBJECT + HASH  # bytes of a record: a tombstone
 _HEADERS: Final = 1 << 31  # in the length: the record has message headers
 _ERASED: Final = 1 << 63  # in the sequence
 _TOMBSTONE: Final = 1 << 62
+# Where a record may begin, found at the speed of C: its length is neither 0 nor above MAX_RECORD, and its sequence below
+# 2^48, which no stream reaches. Of random bytes one offset in ten million is left.
+_CANDIDATE: Final = re.compile(rb"(?=(?!\0\0\0[\0\x80])...[\0-\x02\x80-\x82].{6}\0[\0\x40\x80\xc0])", re.DOTALL)
 
 
 def damaged(path: str, offset: int, reason: str) -> FormatError:
@@ -130,6 +137,11 @@ def block_name(stream: str, number: int) -> str:
     return f"{stream}-{number}"
 
 
+def block_numbers(names: Iterable[bytes]) -> list[int]:
+    """Return, ascending, the numbers of the blocks among the names in a directory."""
+    return sorted(int(match[1]) for match in map(_BLOCK_FILE.fullmatch, names) if match)
+
+
 def records(block: Bytes, name: str, path: str) -> Iterator[Record]:
     """Read the records of a plain block in a row, each checked; `name` is its `block_name`. Raises FormatError."""
     view, key, at = memoryview(block), hash_key(name), 0
@@ -141,7 +153,7 @@ def records(block: Bytes, name: str, path: str) -> Iterator[Record]:
 
 
 def _record(view: memoryview, key: bytes, at: int) -> Record:
-    if len(view) - at < _RECORD.size + HASH:
+    if len(view) - at < SHORTEST:
         raise MalformedError(at, "the block ends within a record")
     length, sequence, time, subject_length = _RECORD.unpack_from(view, at)
     has_header, length = bool(length & _HEADERS), length & ~_HEADERS
@@ -168,44 +180,70 @@ def _record(view: memoryview, key: bytes, at: int) -> Record:
     return Record(at, length, sequence, erased, tombstone, time, bytes(subject), header, payload)
 
 
-def record_length(block: Bytes, at: int) -> int | None:
-    """Return how many bytes a record at `at` says it has, None if it cannot be one."""
-    if len(block) - at < _RECORD.size + HASH:
+class Head(NamedTuple):
+    """What a record says of itself before its subject, unproved: its fields as in Record; subject: bytes of it."""
+
+    length: int
+    seq: int
+    erased: bool
+    tombstone: bool
+    time: int
+    subject: int
+
+
+def head_of(block: Bytes, at: int) -> Head | None:
+    """Return the head of the record at `at`, None if there can be none. The record may be longer than the block."""
+    if len(block) - at < SHORTEST:
         return None
-    length, _, _, subject_length = _RECORD.unpack_from(block, at)
+    length, sequence, time, subject = _RECORD.unpack_from(block, at)
     has_header, length = bool(length & _HEADERS), length & ~_HEADERS
-    return length if _RECORD.size + subject_length + HASH + 4 * has_header <= length <= MAX_RECORD else None
+    if not SHORTEST + subject + 4 * has_header <= length <= MAX_RECORD:
+        return None
+    flags = sequence & (_ERASED | _TOMBSTONE)
+    return Head(length, sequence ^ flags, bool(flags & _ERASED), bool(flags & _TOMBSTONE), time, subject)
 
 
-def sequence_of(block: Bytes, at: int) -> int:
-    """Return the sequence of the record at `at`, which has to be one by its length."""
-    sequence: int = _RECORD.unpack_from(block, at)[1]
-    return sequence & ~(_ERASED | _TOMBSTONE)
+class Finder:
+    """Looks for records in a block that is damaged; `name` is its `block_name`.
 
-
-def find_record(block: Bytes, name: str, start: int) -> Record | None:
-    """Return the first record from `start` on that is whole and matches its hash; `name` is the block's `block_name`.
-
-    Where records follow each other their lengths lead from one to the next; behind damage every offset is tried, until so
-    many bytes were hashed in vain that somebody must have made them to be.
+    Anybody can compute the hashes, and have what is no record say that it is a long one. So no more than _IN_VAIN times the
+    block's length is hashed, by all calls together; what lies behind is not found then.
     """
-    view, key, at, strayed, hashed_bytes = memoryview(block), hash_key(name), start, False, 0
-    while len(view) - at >= _RECORD.size + HASH:
-        length = record_length(view, at)
-        if length is not None and length <= len(view) - at:
-            hashed_bytes += length
-            if hashed_bytes > _IN_VAIN * len(view):
-                return None
-            try:
-                return _record(view, key, at)
-            except MalformedError:
-                if not strayed and (record_length(view, at + length) or MAX_RECORD) <= len(view) - at - length:
-                    at += length
-                    continue
-        if not strayed:
-            strayed, at = True, start
-        at += 1
-    return None
+
+    __slots__ = ("_key", "_left", "_view")
+
+    def __init__(self, block: Bytes, name: str) -> None:
+        self._view = memoryview(block)
+        self._key = hash_key(name)
+        self._left = _IN_VAIN * len(self._view)
+
+    def find(self, start: int) -> Record | None:
+        """Return the first record from `start` on that is whole and matches its hash.
+
+        Where records follow each other their lengths lead from one to the next; behind damage every offset is tried.
+        """
+        at, found = start, None
+        while (head := head_of(self._view, at)) is not None and found is None:
+            found = self._whole(at, head)
+            at += head.length
+        if found is not None:
+            return found
+        for match in _CANDIDATE.finditer(self._view, start):
+            head = head_of(self._view, match.start())
+            if head is not None and (found := self._whole(match.start(), head)) is not None:
+                return found
+            if self._left <= 0:
+                break
+        return None
+
+    def _whole(self, at: int, head: Head) -> Record | None:
+        if head.length > len(self._view) - at or self._left <= 0:
+            return None
+        self._left -= head.length
+        try:
+            return _record(self._view, self._key, at)
+        except MalformedError:
+            return None
 
 
 def messages(found: Iterator[Record]) -> Iterator[Record]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from encfs_js import impact, jetstream, serverstate
@@ -12,7 +11,6 @@ from encfs_js.errors import FormatError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_BLOCK: Final = re.compile(rb"(\d+)\.blk")
 MOST: Final = 128 << 20  # bytes of a file that is read whole for this
 _MOST_DELETED: Final = 1 << 20  # sequences that index.db may call deleted in a block, so that memory holds them
 
@@ -53,7 +51,7 @@ def _bounds(source: Source, path: bytes, about: impact.Subject, mtime: int) -> i
             if index.last_block != about.block or mtime <= written:
                 last = state.last_seq
     if first is None or last is None:
-        numbers = sorted(int(match[1]) for match in map(_BLOCK.fullmatch, source.names(directory)) if match)
+        numbers = jetstream.block_numbers(source.names(directory))
         before = [number for number in numbers if number < about.block]
         behind = [number for number in numbers if number > about.block]
         if first is None and before and (edges := _edges(source, directory, before[-1])):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 from encfs_js.inspect import walk
-from encfs_js.pool import MAX_TASK
+from encfs_js.pool import MAX_TASK, pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from encfs_js.backing import Backing
+    from encfs_js.meter import Meter
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -96,6 +97,40 @@ def portions(io: Backing, store: str, failed: Callable[[bytes, OSError], None]) 
             paths, length, size = [], 0, 0
     if paths:
         yield paths
+
+
+class Report(Protocol):
+    """What came of files: `add` takes in what came of others."""
+
+    files: int
+
+    def add(self, other: Self) -> None:
+        """Take in another report."""
+
+
+R = TypeVar("R", bound=Report)
+
+
+def spread(
+    io: Backing,
+    store: str,
+    work: Callable[[list[bytes]], R],
+    report: R,
+    jobs: int,
+    meter: Meter,
+    failed: Callable[[bytes, OSError], None],
+    show: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Have `jobs` processes work on the paths of all regular files of a store, and add what comes of it to the report.
+
+    show: told now and then how far it is, in the words of reencrypt.Progress. Raises what `pool` does, OSError.
+    """
+    with pool(work, jobs, meter.take) as hand_out:
+        progress = {"state": "verifying"} | (totals(io, store) if show is not None else {})
+        for part in hand_out(portions(io, store, failed)):
+            report.add(part)
+            if show is not None:
+                show(progress | {"files_done": report.files, "bytes_done": meter.total})
 
 
 def totals(io: Backing, store: str) -> dict[str, int]:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from encfs_js import impact, jetstream, loss, serverkeys, servernotes, serverstate, serverstore
 from encfs_js.errors import FormatError, WrongKeyError
 from encfs_js.meter import Meter
-from encfs_js.near import Near, portions, totals
-from encfs_js.pool import pool
+from encfs_js.near import Near, portions, spread
 from encfs_js.serverstore import Kind, place_of
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ _PAUSE: Final = 0.1
 _MOST: Final = 1 << 30  # bytes of a file that is read whole; blocks are read up to jetstream.MAX_BLOCK
 _SHORT: Final = 4096  # bytes that are read of a key file or a meta.sum, which have 72 at most
 _SAID: Final = re.compile(r"(?:byte (\d+): )?(.*)", re.DOTALL)
-_LAST: Final = re.compile(rb"(\d+)\.blk")
-_NOT_ZERO: Final = re.compile(rb"[^\0]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +110,7 @@ def check(
         report.unreadable.append((path, problem.strerror or "unreadable"))
 
     try:
-        with pool(checker.paths, jobs, meter.take) as spread:
-            progress = {"state": "verifying"} | (totals(io, store) if show is not None else {})
-            for part in spread(portions(io, store, failed)):
-                report.add(part)
-                if show is not None:
-                    show(progress | {"files_done": report.files, "bytes_done": meter.total})
+        spread(io, store, checker.paths, report, jobs, meter, failed, show)
     finally:
         checker.close()
     report.damage.sort(key=lambda damage: (damage.path.split(b"/"), damage.offset))
@@ -301,7 +293,7 @@ class _Checker:
 
     def _last(self, directory: bytes) -> int:
         """Return the number of the last block of a directory, 0 if there is none."""
-        return max((int(match[1]) for match in map(_LAST.fullmatch, self._near.names(directory)) if match), default=0)
+        return max(jetstream.block_numbers(self._near.names(directory)), default=0)
 
     def _belongs(self, report: Report, path: bytes, index: serverstate.Index) -> None:
         """See whether an index.db is that of its stream's blocks; nats-server reads all blocks if not."""
@@ -321,7 +313,7 @@ class _Checker:
         """
         name = os.fsdecode(path)
         block, _ = jetstream.plain_block(plain, None, place.label, name)
-        holes: list[tuple[int, int, str]] = []
+        finder, holes = jetstream.Finder(block, place.label), list[tuple[int, int, str]]()
         at = 0
         while at < len(block):
             start = at
@@ -331,8 +323,7 @@ class _Checker:
                     start = at + record.offset + record.length
                 at = len(block)
             except FormatError as problem:
-                found = _NOT_ZERO.search(block, start)  # at most three zeros begin a record
-                following = found and jetstream.find_record(block, place.label, max(start + 1, found.start() - 3))
+                following = finder.find(start + 1)
                 end = len(block) if following is None else following.offset
                 holes.append((start, end, _said(problem, name)[1]))
                 at = end
@@ -388,4 +379,5 @@ def _said(problem: FormatError | WrongKeyError, name: str) -> tuple[int, str]:
 def _is_cut(block: bytes, at: int) -> bool:
     """Tell whether what is at the end of a block is a record whose rest was never written, or only zeros."""
     rest = block[at:]
-    return not rest.strip(b"\0") or len(rest) < 30 or (int.from_bytes(rest[:4], "little") & ~(1 << 31)) > len(rest)
+    length = int.from_bytes(rest[:4], "little") & ~(1 << 31)
+    return not rest.strip(b"\0") or len(rest) < jetstream.SHORTEST or length > len(rest)

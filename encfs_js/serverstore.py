@@ -40,7 +40,7 @@ _HEAD: Final = 1 << 16
 _MOST: Final = 1 << 30  # bytes of a file that is read whole; an index.db of 10 million subjects has a half of it
 _MOST_BESIDE: Final = 4096  # bytes that are read of a key file or a meta.sum, which have 72 at most
 _NEAR: Final = 1 << 32  # by how much the sequences of two records in a row differ at most
-_BLOCK: Final = re.compile(rb"(\d+)\.(blk|new|key|idx)")
+_BLOCK: Final = re.compile(rb"([1-9][0-9]*)\.(blk|new|key|idx)")
 _MSGS: Final = frozenset({b"msgs", b"__msgs__", b"__new_msgs__"})
 _JSON: Final = b"{"
 
@@ -375,17 +375,16 @@ def _in_clear(raw: bytes, plain: bytes, label: str) -> list[tuple[int, int]]:
         return found
     view, at, last = memoryview(raw), 0, -_NEAR
     while at < len(raw):
-        length, clear = jetstream.record_length(raw, at), False
-        if length is not None and abs(jetstream.sequence_of(raw, at) - last) < _NEAR and length <= len(raw) - at:
+        head, clear = jetstream.head_of(raw, at), False
+        if head is not None and abs(head.seq - last) < _NEAR and head.length <= len(raw) - at:
             with contextlib.suppress(FormatError):
-                clear = next(jetstream.records(view[at : at + length], label, "")).length == length
-        if not clear and (length := jetstream.record_length(plain, at)) is None:
+                clear = next(jetstream.records(view[at : at + head.length], label, "")).length == head.length
+        if not clear and (head := jetstream.head_of(plain, at)) is None:
             break
-        assert length is not None
-        last = jetstream.sequence_of(raw if clear else plain, at)
+        assert head is not None
         if clear:
-            found.append((at, at + length))
-        at += length
+            found.append((at, at + head.length))
+        at, last = at + head.length, head.seq
     return found
 
 
@@ -394,6 +393,6 @@ def _makes_sense(content: Content, label: str) -> bool:
     head = bytes(content.read(0, _HEAD))
     if (compressed := jetstream.begins_compressed(head)) is not None:
         return compressed
-    if (size := jetstream.record_length(head, 0)) is not None and size > len(head):
-        head = bytes(content.read(0, size))
-    return jetstream.find_record(head, label, 0) is not None
+    if (first := jetstream.head_of(head, 0)) is not None and first.length > len(head):
+        head = bytes(content.read(0, first.length))
+    return jetstream.Finder(head, label).find(0) is not None

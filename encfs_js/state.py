@@ -172,6 +172,11 @@ def save(store: str, keys: Keys, state: State) -> None:
     replace_file(os.path.join(store, META), "state", json.dumps(document).encode() + b"\n")
 
 
+def found(store: str, keys: Keys, now_ns: int) -> None:
+    """Give a new store that is filled by a command, not by a mount, its first state: that it is missing is to mean something."""
+    save(store, keys, State(clean=True, began=now_ns, windows=()))
+
+
 def begin(store: str, keys: Keys, now_ns: int) -> State:
     """Note that a run begins, before it changes anything. Returns its state; an unclean stop before it adds a window."""
     last = load(store, keys)

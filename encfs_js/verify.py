@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from encfs_js import filecheck, impact, loss
 from encfs_js.format import CheckBuffer, Suite, plain_size, plain_start
 from encfs_js.meter import Meter
-from encfs_js.near import Near, portions, totals
-from encfs_js.pool import pool
+from encfs_js.near import Near, spread
 from encfs_js.sealed import FileKeys
 
 if TYPE_CHECKING:
@@ -123,12 +122,7 @@ def verify(
         report.unreadable.append((path, problem.strerror or "unreadable"))
 
     try:
-        with pool(check.paths, jobs, meter.take) as spread:
-            progress = {"state": "verifying"} | (totals(io, store) if show is not None else {})
-            for part in spread(portions(io, store, failed)):
-                report.add(part)
-                if show is not None:
-                    show(progress | {"files_done": report.files, "bytes_done": meter.total})
+        spread(io, store, check.paths, report, jobs, meter, failed, show)
     finally:
         check.close()
     report.sort()

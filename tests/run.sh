@@ -15,15 +15,17 @@ mypy
 # What a test that was killed leaves mounted is below this directory, and goes with it.
 scratch=$(make_scratch tests)
 trap 'remove_scratch "$scratch"' EXIT
+# A shell has what it starts in the background ignore Ctrl-C, and so would all that a test interrupts.
+tests() { env --default-signal=INT python -m pytest "$@"; }
 if [ $# -gt 0 ]; then
-    python -m pytest --basetemp "$scratch/pytest" "$@"
+    tests --basetemp "$scratch/pytest" "$@"
     exit
 fi
 # All of them: what needs no mount runs beside what does, which mostly waits for other processes.
-python -m pytest --basetemp "$scratch/alone" -m 'not mount' >"$scratch/alone.log" 2>&1 &
+tests --basetemp "$scratch/alone" -m 'not mount' >"$scratch/alone.log" 2>&1 &
 alone=$!
 code=0
-python -m pytest --basetemp "$scratch/pytest" -m mount || code=$?
+tests --basetemp "$scratch/pytest" -m mount || code=$?
 wait "$alone" || code=$?
 cat "$scratch/alone.log"
 exit "$code"

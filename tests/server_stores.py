@@ -102,6 +102,42 @@ def ask(server: world.Server) -> dict[str, Live]:
     return live
 
 
+def written(store: Path, work: Path, **options: Any) -> dict[str, Live]:
+    """Have a server fill a store. What it says of it after one more start, when what is volatile is gone."""
+    with world.serving(store, work, **options) as server:
+        fill(server)
+        server.restart()
+    with world.serving(store, work, **options) as server:
+        return ask(server)
+
+
+def settled(live: dict[str, Live]) -> dict[str, Any]:
+    """What is said of every stream, without the moment at which it was said."""
+    return {
+        name: (
+            each.state,
+            each.messages,
+            {
+                consumer: {field: value for field, value in said.items() if field != "ts"}
+                for consumer, said in each.consumers.items()
+            },
+        )
+        for name, each in live.items()
+    }
+
+
+def complaints(server: world.Server) -> list[str]:
+    return [line for line in server.log().splitlines() if "[WRN]" in line or "[ERR]" in line]
+
+
+def check_boot(store: Path, work: Path, expected: dict[str, Live], **options: Any) -> None:
+    """Boot a server: it answers as expected, and its log has neither a warning nor an error."""
+    with world.serving(store, work, **options) as server:
+        assert ("key:" in server.configuration()) == ("key" in options)
+        assert settled(ask(server)) == settled(expected)
+    assert not complaints(server), server.log()
+
+
 # --- its files --------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ import click
 import mounts
 import pytest
 
-from encfs_js import cli, cli_guard
+from encfs_js import cli, cli_guard, config, hygiene
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -248,6 +248,52 @@ def test_everything_has_help(name: str, command: click.Command) -> None:
             assert parameter.help, f"{name} {parameter.opts[0]} has no help"
         else:
             assert str(parameter.human_readable_name) in command.help, f"{name} does not say what its argument is"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [(n, c) for n, c in all_commands() if any("--key-file" in parameter.opts for parameter in c.params)],
+)
+def test_no_core_dump_can_hold_a_key(name: str, command: click.Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command forbids dumps before it looks for a key anywhere."""
+    called: list[str] = []
+    monkeypatch.setattr(hygiene, "no_dumps", lambda: called.append("dumps"))
+    monkeypatch.setattr(config, "load", lambda _: called.append("configuration") or sys.exit(99))
+    required = [p for p in command.params if p.required]
+    given = [word for p in required for word in ([p.opts[0], "plain"] if isinstance(p, click.Option) else ["1"])]
+    with pytest.raises(SystemExit, match="99"):
+        cli.run([*name.split()[1:], *given, "--config", "some"])
+    assert called == ["dumps", "configuration"]
+
+
+@pytest.mark.parametrize("command", ["encrypt", "verify", "convert", "decrypt"])
+def test_a_terminal_sees_how_far_it_is(command: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    (store / "jetstream/A/streams/S/msgs").mkdir(parents=True)
+    (store / "jetstream/A/streams/S/msgs/thw.db").write_bytes(b"")
+    for i in range(300):
+        (store / f"jetstream/A/streams/S/file{i}").write_bytes(bytes(30_000))
+    if command in {"verify", "decrypt"}:
+        mounts.run("encrypt", store)
+    options = [tmp_path / "target", "--from", "plain", "--to", "sealed"] if command == "convert" else []
+    ours, theirs = pty.openpty()
+    environ = mounts.environment(mounts.KEY) | {"TERM": "xterm", "COLUMNS": "120"}
+    child = subprocess.Popen(
+        [*mounts.COMMAND, command, str(store), *map(str, options)],
+        env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    seen = bytearray()
+    with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
+        while part := os.read(ours, 65536):
+            seen += part
+    os.close(ours)
+    out, _ = child.communicate(timeout=mounts.PATIENCE)
+    assert child.returncode == 0, seen.decode()
+    shown = seen.decode()
+    state = {"verify": "verifying", "convert": "(copying|comparing|records|done)"}.get(command, "(running|done)")
+    assert re.search(rf"{state}.*MiB.*of 30[01] files", shown), shown
+    assert b"\x1b" not in out
 
 
 def imported_by(*arguments: str) -> set[str]:

@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 import mounts
 import pytest
 import server_stores as stores
+from disk import Disk
+from powercut import SCALE, quick
 from sealed_files import Randomness
 from test_jetstream import VECTORS, unpack
+from test_powercut_rewrite import Timed
 from test_serverstore import export
 
 from encfs_js import convert, keyring, keystore, serverkeys, staging, state
-from encfs_js.backing import Backing
+from encfs_js.backing import META, Backing
 from encfs_js.errors import FormatError, StoreIoError, StoreNotEmptyError, WrongKeyError
 from encfs_js.format import Suite
 from encfs_js.keydocument import Kdf
@@ -36,6 +39,7 @@ from encfs_js.survey import survey
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+__all__ = ["quick"]
 KEY = stores.KEY
 STREAM = "jetstream/$G/streams/SMALL"
 CHEAP = Kdf(1, 1, 8)
@@ -658,3 +662,65 @@ def test_sigkill_of_the_command(tmp_path: Path) -> None:
     assert kills >= 2, "no kill came in the middle of the work"
     assert plain(tmp_path / "target", Form.SEALED) == plain(source, Form.PLAIN)
     mounts.verify(tmp_path / "target", key=KEY)
+
+
+def cut_at_every_call(origin: Form, goal: Form, place: Path, backing: type[Timed], draws: int) -> tuple[int, int]:
+    """Convert, and for whatever a power cut may leave see that it is nothing that looks like a store, and repeat.
+
+    Returns how many states there were, and in how many of them all was done.
+    """
+    source = small(place / "plain")
+    if origin is not Form.PLAIN:
+        converted(Backing(), source, place / "source", Form.PLAIN, origin)
+        source = place / "source"
+    for path in source.rglob("*"):  # what the imaginary disk writes out has no other modes
+        if not path.is_symlink():
+            path.chmod(0o700 if path.is_dir() else 0o644)
+    before, disk_of = plain(source, origin), place / "disk"
+    disk_of.mkdir()
+    io = backing(disk_of)
+    assert converted(io, source, disk_of / "target", origin, goal).done
+    trace = io.trace
+    disk, rng, seen, complete = Disk(trace), random.Random(5), set(), 0
+    for op in trace.ops[trace.base :]:
+        disk.feed(op)
+        for _ in range(draws):
+            found = disk.crash(rng)
+            key = (tuple(found.paths()), tuple(sorted(found.files.items())))
+            if key in seen:
+                continue
+            seen.add(key)
+            shutil.rmtree(disk_of)
+            disk_of.mkdir()
+            found.write_out(disk_of)
+            target = disk_of / "target"
+            if "jetstream" in (os.listdir(target) if target.exists() else []) and not (target / staging.STAGE).exists():
+                complete += 1
+                assert plain(target, goal) == before
+                continue
+            assert converted(Backing(), source, target, origin, goal).done
+            assert plain(target, goal) == before
+            assert sorted(os.listdir(target)) == sorted(["jetstream", "link"] + [META] * (goal is Form.SEALED))
+    return len(seen), complete
+
+
+@pytest.mark.parametrize(
+    ("origin", "goal"), [(Form.PLAIN, Form.SERVER), (Form.SERVER, Form.PLAIN), (Form.PLAIN, Form.SEALED)]
+)
+def test_power_cut_at_every_call(origin: Form, goal: Form, quick: Path) -> None:
+    states, complete = cut_at_every_call(origin, goal, quick, Timed, 4 * SCALE)
+    assert states > 50
+    assert complete
+
+
+class Forgetful(Timed):
+    """Does not bring the content of files to the disk before they get their names."""
+
+    def fsync(self, fd: int) -> None:
+        if os.path.basename(os.readlink(f"/proc/self/fd/{fd}")) != os.fsdecode(staging.TMP):
+            super().fsync(fd)
+
+
+def test_what_is_not_synced_is_found(quick: Path) -> None:
+    with pytest.raises((AssertionError, UnreadableError, WrongKeyError)):
+        cut_at_every_call(Form.PLAIN, Form.SERVER, quick, Forgetful, 4)

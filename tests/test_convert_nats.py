@@ -39,36 +39,9 @@ def key_file(place: Path) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A plain store with everything in it that leaves traces, and what the server says of it."""
     place = tmp_path_factory.mktemp("written")
-    with world.serving(place / "store", place / "work") as server:
-        stores.fill(server)
-        live = stores.ask(server)
-    with world.serving(place / "store", place / "work") as server:
-        live = stores.ask(server)  # once more: what is volatile is gone now
+    live = stores.written(place / "store", place / "work")
     yield {"store": place / "store", "live": live, "place": place}
     shutil.rmtree(place)
-
-
-def settled(live: dict[str, stores.Live]) -> dict[str, Any]:
-    """What is said of every stream, without the moment at which it was said."""
-    return {
-        name: (
-            each.state,
-            each.messages,
-            {
-                consumer: {field: value for field, value in said.items() if field != "ts"}
-                for consumer, said in each.consumers.items()
-            },
-        )
-        for name, each in live.items()
-    }
-
-
-def check(store: Path, work: Path, expected: dict[str, stores.Live], **options: Any) -> None:
-    """Boot the server on a copy: it answers as before, and its log has no warning and no error."""
-    with world.serving(store, work, **options) as server:
-        assert settled(stores.ask(server)) == settled(expected)
-    log = server.log()
-    assert not [line for line in log.splitlines() if "[WRN]" in line or "[ERR]" in line], log
 
 
 @contextlib.contextmanager
@@ -90,14 +63,30 @@ def test_encrypted_and_back(cipher: str, written: dict[str, Any], tmp_path: Path
     convert(written["store"], tmp_path / "one", "plain", "server", "--cipher", cipher)
     assert mounts.holding(tmp_path / "one", stores.MARKER) == []
     with copied(tmp_path / "one") as copy:
-        check(copy, tmp_path / "w1", written["live"], key=KEY, cipher=cipher)
+        stores.check_boot(copy, tmp_path / "w1", written["live"], key=KEY, cipher=cipher)
     options = ("--cipher", other, "--new-key-file", tmp_path / "other")
     convert(tmp_path / "one", tmp_path / "two", "server", "server", *options)
     with copied(tmp_path / "two") as copy:
-        check(copy, tmp_path / "w2", written["live"], key=OTHER, cipher=other)
+        stores.check_boot(copy, tmp_path / "w2", written["live"], key=OTHER, cipher=other)
     convert(tmp_path / "two", tmp_path / "three", "server", "plain", key=OTHER)
     assert mounts.contents(tmp_path / "three") == mounts.contents(written["store"])
-    check(tmp_path / "three", tmp_path / "w3", written["live"])
+    stores.check_boot(tmp_path / "three", tmp_path / "w3", written["live"])
+
+
+@pytest.mark.mount
+@pytest.mark.skipif(bool(mounts.needs_fuse()), reason=mounts.needs_fuse() or "-")
+def test_plain(written: dict[str, Any], tmp_path: Path) -> None:
+    """plain -> plain -> sealed, mounted."""
+    convert(written["store"], tmp_path / "one", "plain", "plain")
+    with copied(tmp_path / "one") as copy:
+        stores.check_boot(copy, tmp_path / "w1", written["live"])
+    convert(tmp_path / "one", tmp_path / "two", "plain", "sealed", "--cipher", "aes")
+    assert not mounts.unsealed(tmp_path / "two")
+    report = mounts.verify(tmp_path / "two", key=KEY)
+    assert report["sound"]
+    assert report["warnings"] == []
+    with mounts.mounted(tmp_path / "two", tmp_path / "mnt", key=KEY):
+        stores.check_boot(tmp_path / "mnt", tmp_path / "w2", written["live"])
 
 
 @pytest.mark.mount
@@ -109,17 +98,17 @@ def test_sealed(written: dict[str, Any], tmp_path: Path) -> None:
     convert(tmp_path / "server", tmp_path / "sealed", "server", "sealed")
     assert mounts.holding(tmp_path / "sealed", stores.MARKER) == []
     with copied(tmp_path / "sealed") as copy, mounts.mounted(copy, tmp_path / "mnt", key=KEY):
-        check(tmp_path / "mnt", tmp_path / "w1", written["live"])
+        stores.check_boot(tmp_path / "mnt", tmp_path / "w1", written["live"])
     options = ("--cipher", "aes", "--new-key-file", tmp_path / "other")
     convert(tmp_path / "sealed", tmp_path / "again", "sealed", "sealed", *options)
     mounts.verify(tmp_path / "again", key=OTHER)
     assert {mounts.suite_of(path) for path in mounts.files(tmp_path / "again")} == {"aes"}
     convert(tmp_path / "again", tmp_path / "back", "sealed", "server", key=OTHER)
     with copied(tmp_path / "back") as copy:
-        check(copy, tmp_path / "w2", written["live"], key=OTHER, cipher="chachapoly")
+        stores.check_boot(copy, tmp_path / "w2", written["live"], key=OTHER, cipher="chachapoly")
     convert(tmp_path / "again", tmp_path / "plain", "sealed", "plain", key=OTHER)
     assert mounts.contents(tmp_path / "plain") == mounts.contents(written["store"])
-    check(tmp_path / "plain", tmp_path / "w3", written["live"])
+    stores.check_boot(tmp_path / "plain", tmp_path / "w3", written["live"])
 
 
 def test_what_a_server_has_encrypted_itself(tmp_path: Path) -> None:
@@ -132,7 +121,7 @@ def test_what_a_server_has_encrypted_itself(tmp_path: Path) -> None:
         live = stores.ask(server)
     convert(tmp_path / "store", tmp_path / "plain", "server", "plain")
     assert mounts.holding(tmp_path / "plain", stores.MARKER) != []
-    check(tmp_path / "plain", tmp_path / "w1", live)
+    stores.check_boot(tmp_path / "plain", tmp_path / "w1", live)
     assert "key" not in (tmp_path / "w1/nats.conf").read_text()
 
 

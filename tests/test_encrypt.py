@@ -18,7 +18,7 @@ from test_jetstream import unpack
 from test_powercut_rewrite import Timed
 from test_serverstore import export
 
-from encfs_js import decrypt, encrypt, recordcheck, redo
+from encfs_js import decrypt, encrypt, recordcheck
 from encfs_js.backing import META, Backing
 from encfs_js.errors import ConversionError, DamageFoundError, StoreIoError, WrongKeyError
 from encfs_js.format import MAGIC, PAGE, Suite
@@ -351,7 +351,7 @@ def test_symlinks_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_records_are_counted_and_judged(tmp_path: Path) -> None:
-    store, expected = begun("2.15.1-plain", tmp_path)
+    store, _ = begun("2.15.1-plain", tmp_path)
 
     def read(entry: Any) -> bytes:
         return (store / os.fsdecode(entry.path)).read_bytes()
@@ -366,5 +366,3 @@ def test_records_are_counted_and_judged(tmp_path: Path) -> None:
     assert len(again.damaged) == 1
     assert "1.blk: byte " in again.damaged[0]
     assert again.records == found.records - 1
-    assert expected
-    assert redo.LONGEST_PATH

@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mounts
 import nats_world as world
@@ -30,41 +30,9 @@ NEW = "the key of the new store"
 
 
 def filled(place: Path, mode: str) -> tuple[Path, dict[str, stores.Live]]:
-    """A store that a real server has written, and what that server said of it."""
     store = place / "store"
     store.mkdir()
-    with world.serving(store, place / "work", **stores.MODES[mode]) as server:
-        stores.fill(server)
-        server.restart()  # with a key the files are as they stay only after the second start
-        live = stores.ask(server)
-    return store, live
-
-
-def served(store: Path, place: Path) -> dict[str, stores.Live]:
-    """What an unkeyed server says of a plain store; it has to be content with it."""
-    with world.serving(store, place) as server:
-        found = stores.ask(server)
-        assert not [line for line in server.log().splitlines() if "[WRN]" in line or "[ERR]" in line]
-    return found
-
-
-def same(one: dict[str, stores.Live], other: dict[str, stores.Live]) -> None:
-    assert one.keys() == other.keys()
-    for name, live in one.items():
-        assert other[name].messages == live.messages
-        assert other[name].state == live.state
-        assert {n: steady(c) for n, c in other[name].consumers.items()} == {
-            n: steady(c) for n, c in live.consumers.items()
-        }
-
-
-def steady(consumer: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on when somebody asks, or on who is connected."""
-    return {
-        name: value
-        for name, value in consumer.items()
-        if name not in {"ts", "num_waiting", "push_bound", "delivered", "ack_floor"}
-    } | {name: (consumer[name]["consumer_seq"], consumer[name]["stream_seq"]) for name in ("delivered", "ack_floor")}
+    return store, stores.written(store, place / "work", **stores.MODES[mode])
 
 
 def keyed(tmp_path: Path, *, name: str = "key", key: str = stores.KEY) -> str:
@@ -92,14 +60,14 @@ def test_a_plain_store_is_sealed_and_opened_again(tmp_path: Path) -> None:
     assert mounts.verify(store)["sound"]
     mounts.run("init", store, code=16)
     with mounts.mounted(store, tmp_path / "mnt"):
-        same(live, served(tmp_path / "mnt", tmp_path / "sealed"))
+        stores.check_boot(tmp_path / "mnt", tmp_path / "sealed", live)
     assert "nothing" in mounts.run("encrypt", store).stdout
 
     told = json.loads(mounts.run("decrypt", store, "--json").stdout)
     assert (told["done"], told["from"], told["to"]) == (True, "sealed", "plain")
     assert sorted(os.listdir(store)) == ["jetstream"]
     mounts.run("decrypt", store, code=14)
-    same(live, served(store, tmp_path / "plain"))
+    stores.check_boot(store, tmp_path / "plain", live)
 
 
 @pytest.mark.parametrize("mode", ["chachapoly", "aes"])
@@ -118,7 +86,7 @@ def test_a_store_that_the_server_has_encrypted(mode: str, tmp_path: Path) -> Non
     own = NEW if mode == "aes" else stores.KEY
     assert mounts.verify(store, key=own)["sound"]
     with mounts.mounted(store, tmp_path / "mnt", key=own):
-        same(live, served(tmp_path / "mnt", tmp_path / "sealed"))
+        stores.check_boot(tmp_path / "mnt", tmp_path / "sealed", live)
 
 
 def test_the_command_is_killed_time_and_again(tmp_path: Path) -> None:
@@ -144,7 +112,7 @@ def test_the_command_is_killed_time_and_again(tmp_path: Path) -> None:
     assert not state.is_half_sealed(str(store))
     assert not list(store.rglob("*.key"))
     with mounts.mounted(store, tmp_path / "mnt", key=stores.KEY):
-        same(live, served(tmp_path / "mnt", tmp_path / "sealed"))
+        stores.check_boot(tmp_path / "mnt", tmp_path / "sealed", live)
 
 
 def test_nobody_may_use_the_store_meanwhile(tmp_path: Path) -> None:
@@ -179,10 +147,10 @@ def test_a_store_that_was_to_be_sealed_little_by_little(tmp_path: Path) -> None:
     store, live = filled(tmp_path, "plain")
     mounts.init(store, plaintext="read")
     with mounts.mounted(store, tmp_path / "mnt"):
-        same(live, served(tmp_path / "mnt", tmp_path / "first"))
+        stores.check_boot(tmp_path / "mnt", tmp_path / "first", live)
     assert mounts.unsealed(store)
     mounts.run("encrypt", store)
     assert not mounts.unsealed(store)
     assert json.loads(mounts.run("inspect", store, "--json").stdout)["settings"]["plaintext"] == "refuse"
     with mounts.mounted(store, tmp_path / "mnt"):
-        same(live, served(tmp_path / "mnt", tmp_path / "second"))
+        stores.check_boot(tmp_path / "mnt", tmp_path / "second", live)

@@ -181,7 +181,7 @@ def opened(raw: bytes, seed: serverkeys.Seed | None) -> bytes:
 def block_reader(seed: serverkeys.Seed | None, label: str) -> Callable[[bytes], object]:
     def read(raw: bytes) -> object:
         plain, _ = jetstream.plain_block(raw, serverkeys.Keystream(seed) if seed else None, label, PATH)
-        jetstream.find_record(plain, label, 1)
+        jetstream.Finder(plain, label).find(1)
         return list(jetstream.messages(jetstream.records(plain, label, PATH)))
 
     return read

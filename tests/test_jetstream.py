@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import re
 import struct
 import time
@@ -519,3 +520,61 @@ def test_the_readers_all_have_real_files() -> None:
     assert set(READERS) - set(real_files()) == {"sealed blk", "meta.sum", "sealed index.db"}
     for name, raw in real_files().items():
         assert READERS[name](raw) is not None
+
+
+# --- records behind damage --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filling", ["random", "zeros", "long"])
+def test_a_record_behind_anything_is_found(filling: str) -> None:
+    """A megabyte of random bytes, or of zeros, or in which everything looks like the length of a record."""
+    between = {
+        "random": random.Random(3).randbytes(1 << 20),
+        "zeros": bytes(1 << 20),
+        "long": b"\x00\x10\x00\x00" * (1 << 18),
+    }[filling]
+    block = record(1) + between + record(7, payload=b"behind") + record(8)
+    finder = jetstream.Finder(block, NAME)
+    assert (first := finder.find(0)) is not None
+    assert first.seq == 1
+    assert (found := finder.find(first.length)) is not None
+    assert (found.seq, found.offset, bytes(found.payload)) == (7, first.length + len(between), b"behind")
+    assert (last := finder.find(found.offset + found.length)) is not None
+    assert last.seq == 8
+    assert finder.find(last.offset + 1) is None
+    assert jetstream.Finder(block, "another").find(0) is None  # hashes of another block
+
+
+@pytest.mark.parametrize("times", [1, 200])
+def test_what_is_made_to_be_hashed_in_vain_is_given_up(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Good records between such as say that they are long: the whole block is not hashed for each of them."""
+    hashed = 0
+
+    def counting(key: bytes, *parts: bytes) -> bytes:
+        nonlocal hashed
+        hashed += sum(len(part) for part in parts)
+        return highwayhash64(key, *parts)
+
+    monkeypatch.setattr(jetstream, "highwayhash64", counting)
+    lie = struct.pack("<IQqH", 30_000, 5, 5, 1)
+    block = b"".join(record(seq) + lie * 20 for seq in range(1, times + 1)) + bytes(40_000)
+    finder, at, found = jetstream.Finder(block, NAME), 0, 0
+    while (here := finder.find(at)) is not None:
+        at, found = here.offset + here.length, found + 1
+    assert found >= 1
+    assert hashed <= 5 * len(block)
+
+
+def test_names_of_blocks() -> None:
+    names = [
+        b"2.blk",
+        b"10.blk",
+        b"1.blk",
+        b"01.blk",
+        b"0.blk",
+        b"1.blk.tmp",
+        b"x.blk",
+        "\u0663.blk".encode(),
+        b"3.key",
+    ]
+    assert jetstream.block_numbers(names) == [1, 2, 10]

@@ -266,3 +266,37 @@ def test_old_stores_that_a_newer_server_has_opened(mode: str, tmp_path: Path) ->
         for consumer, (_, state) in found.consumers.items():
             assert state.ack_floor.stream == each.consumers[consumer]["ack_floor"]["stream_seq"]
             assert len(state.pending) == each.consumers[consumer]["num_ack_pending"]
+
+
+def converted(source: Path, target: Path, origin: str, goal: str, *options: str | Path, key: str = stores.KEY) -> None:
+    said = mounts.run("convert", source, target, "--from", origin, "--to", goal, *options, key=key)
+    assert said.stderr == ""
+
+
+@pytest.mark.mount
+@pytest.mark.nats
+@pytest.mark.skipif(bool(NEEDS_OLD or mounts.needs_fuse()), reason=NEEDS_OLD or mounts.needs_fuse() or "-")
+@pytest.mark.parametrize("mode", ["chachapoly", "aes"])
+def test_old_stores_in_every_form(mode: str, tmp_path: Path) -> None:
+    """The old server finds everything again: in the clear, encrypted anew with another cipher, and on a mount."""
+    store, options = tmp_path / "store", stores.MODES[mode]
+    live = stores.written(store, tmp_path / "work", binary=BINARY, **options)
+    said = {name: (each.state, each.messages) for name, each in live.items()}
+
+    def check_old(place: Path, work: Path, **options: str) -> None:
+        with world.serving(place, work, binary=BINARY, **options) as server:
+            found = stores.ask(server)
+        assert {name: (each.state, each.messages) for name, each in found.items()} == said
+        assert found["ORDERS"].consumers["worker"]["ack_floor"] == live["ORDERS"].consumers["worker"]["ack_floor"]
+
+    converted(store, tmp_path / "plain", "server", "plain")
+    other = "aes" if mode == "chachapoly" else "chachapoly"
+    converted(tmp_path / "plain", tmp_path / "anew", "plain", "server", "--cipher", other)
+    assert mounts.holding(tmp_path / "anew", stores.MARKER) == []
+    assert list((tmp_path / "anew").rglob("*.idx"))
+    check_old(tmp_path / "anew", tmp_path / "w1", key=stores.KEY, cipher=other)
+    check_old(tmp_path / "plain", tmp_path / "w2")
+    mounts.run("encrypt", store, "--from", "server", key=stores.KEY)
+    assert not mounts.unsealed(store)
+    with mounts.mounted(store, tmp_path / "mnt", key=stores.KEY):
+        check_old(tmp_path / "mnt", tmp_path / "w3")

@@ -374,7 +374,7 @@ def test_a_mount_that_is_killed_is_mounted_again_and_the_command_does_the_rest(s
 def test_the_command_interrupted_the_daemon_goes_on(store, tmp_path: Path) -> None:
     path, made = store
     with mounts.mounted(path, tmp_path / "mnt"):
-        with running(path, "--new-epoch", "--rate", "6") as process:
+        with running(path, "--new-epoch", "--rate", "12") as process:
             mounts.until(lambda: (pass_of(path) or {}).get("state") == "running", "the pass")
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=mounts.PATIENCE)

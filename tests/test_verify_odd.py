@@ -19,7 +19,7 @@ from test_jetstream import unpack
 from test_verify import Store
 from test_verify_pool import children
 
-from encfs_js import cli, filecheck, hygiene, jetstream, loss, serverstate
+from encfs_js import filecheck, jetstream, loss, serverstate
 from encfs_js.backing import Backing
 from encfs_js.census import is_store
 from encfs_js.errors import StoreIoError
@@ -237,12 +237,3 @@ def test_ctrl_c_in_a_fork_ends_all_processes(monkeypatch: pytest.MonkeyPatch) ->
         pytest.fail("the interruption was lost")
     assert children() == before
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
-@pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_no_core_dump_holds_the_key(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    unpack("2.15.1-plain", tmp_path / "store")
-    called: list[str] = []
-    monkeypatch.setattr(hygiene, "no_dumps", lambda: called.append(command))
-    assert cli.run([command, str(tmp_path / "store")]) == 0
-    assert called == [command]

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cluster_world
 import mounts
@@ -30,41 +30,9 @@ pytestmark = [
 NEW = "the key that came after"
 
 
-def settled(live: dict[str, stores.Live]) -> dict[str, Any]:
-    """What is said of every stream, without the moment at which it was said and without what a restart resets."""
-    return {
-        name: (
-            each.state,
-            each.messages,
-            {
-                consumer: {field: value for field, value in said.items() if field != "ts"}
-                for consumer, said in each.consumers.items()
-            },
-        )
-        for name, each in live.items()
-    }
-
-
-def complaints(log: str) -> list[str]:
-    return [line for line in log.splitlines() if "[WRN]" in line or "[ERR]" in line]
-
-
-def boot(store: Path, work: Path, expected: dict[str, stores.Live]) -> None:
-    """Boot a server without a key: it answers as expected, and its log has neither a warning nor an error."""
-    with world.serving(store, work) as server:
-        assert "key" not in server.configuration()
-        assert settled(stores.ask(server)) == settled(expected)
-    assert not complaints(server.log()), server.log()
-
-
 @pytest.mark.parametrize("mode", ["chachapoly", "aes"])
 def test_a_copy_of_the_view(mode: str, tmp_path: Path) -> None:
-    with world.serving(tmp_path / "store", tmp_path / "work", **stores.MODES[mode]) as server:
-        stores.fill(server)
-        server.restart()
-        live = stores.ask(server)
-    with world.serving(tmp_path / "store", tmp_path / "work", **stores.MODES[mode]) as server:
-        live = stores.ask(server)  # once more: what is volatile is gone now
+    live = stores.written(tmp_path / "store", tmp_path / "work", **stores.MODES[mode])
     assert mounts.holding(tmp_path / "store", stores.MARKER) == []
     before = mounts.snapshot(tmp_path / "store")
     with views.shown(tmp_path / "store", tmp_path / "mnt") as shown:
@@ -73,7 +41,7 @@ def test_a_copy_of_the_view(mode: str, tmp_path: Path) -> None:
     assert mounts.snapshot(tmp_path / "store") == before
     packed = list((tmp_path / "copy").glob("jetstream/$G/streams/LOG/msgs/*.blk"))
     assert any(path.read_bytes()[:4] == b"cmp\x01" for path in packed)
-    boot(tmp_path / "copy", tmp_path / "plain", live)
+    stores.check_boot(tmp_path / "copy", tmp_path / "plain", live)
 
 
 def test_after_a_crash(tmp_path: Path) -> None:
@@ -113,7 +81,7 @@ def test_half_way_to_another_key(tmp_path: Path) -> None:
     assert not shown.complaints()
     with world.serving(tmp_path / "copy", tmp_path / "plain") as server:
         found = stores.ask(server)
-    assert not complaints(server.log()), server.log()
+    assert not stores.complaints(server), server.log()
     assert {name: each.messages for name, each in found.items()} == {
         name: each.messages for name, each in changed.items()
     }
@@ -178,7 +146,7 @@ def test_the_store_is_in_use(tmp_path: Path) -> None:
     with views.shown(store, tmp_path / "mnt") as shown:
         shutil.copytree(shown.path, tmp_path / "copy", symlinks=True)
     assert not shown.complaints()
-    boot(tmp_path / "copy", tmp_path / "plain", live)
+    stores.check_boot(tmp_path / "copy", tmp_path / "plain", live)
 
 
 def count(block: bytes, stream: str, path: Path) -> int:
@@ -187,14 +155,14 @@ def count(block: bytes, stream: str, path: Path) -> int:
     if block[:4] == b"cmp\x01":
         return len(list(jetstream.records(jetstream.plain_block(block, None, label, str(path))[0], label, str(path))))
     at = found = 0
-    while (size := jetstream.record_length(block, at)) is not None and at + size <= len(block):
-        body = block[at : at + size]
+    while (head := jetstream.head_of(block, at)) is not None and at + head.length <= len(block):
+        body = block[at : at + head.length]
         key = natscodec.hash_key(label)
         length = int.from_bytes(body[20:22], "little")
         subject = body[22 : 22 + length]
         rest = body[22 + length + (4 if body[3] & 0x80 else 0) : -8]
         assert natscodec.highwayhash64(key, body[4:20], subject, rest) == body[-8:], (path, at)
-        at, found = at + size, found + 1
+        at, found = at + head.length, found + 1
     assert found or not block
     return found
 
