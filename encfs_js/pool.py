@@ -50,15 +50,11 @@ def pool(
     try:
         for number in range(jobs):
             here, there = Pipe()
-            # Ctrl-C in a fork is lost in what Python calls after one, or leaves a process that nobody knows of.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with _without_interruption():
                 parent, pid = os.getpid(), os.fork()
                 if not pid:
                     _child(here, there, workers, parent, work, partial(begin, number) if begin else None)
                 workers[here] = pid
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             there.close()
         yield lambda tasks: _spread(workers, tasks)
     finally:
@@ -68,6 +64,22 @@ def pool(
                 os.kill(pid, signal.SIGKILL)  # it only reads, and who leaves early does not want to wait for it
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Have a Ctrl-C wait: in a fork it is lost in what Python calls after one, or leaves a process that nobody knows of.
+
+    Blocking the signal would not do: where there is another thread, that one takes it.
+    """
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(signal.SIGINT, None)
 
 
 def _child(

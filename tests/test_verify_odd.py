@@ -233,7 +233,8 @@ def test_ctrl_c_in_a_fork_ends_all_processes(monkeypatch: pytest.MonkeyPatch) ->
         return pid
 
     monkeypatch.setattr(os, "fork", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), pool(lambda task: task, 3):
         pytest.fail("the interruption was lost")
     assert children() == before
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -27,9 +28,14 @@ if TYPE_CHECKING:
 
 
 def children() -> set[int]:
-    return {
-        int(pid) for task in os.listdir("/proc/self/task") for pid in read(f"/proc/self/task/{task}/children").split()
-    }
+    """The processes whose parent this one is. (/proc/self/task/*/children is not reliable while threads come and go.)"""
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parent = int(read(f"/proc/{name}/stat").rpartition(") ")[2].split()[1])
+                found |= {int(name)} if parent == os.getpid() else set()
+    return found
 
 
 def read(path: str) -> str:
