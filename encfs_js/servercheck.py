@@ -380,4 +380,4 @@ def _is_cut(block: bytes, at: int) -> bool:
     """Tell whether what is at the end of a block is a record whose rest was never written, or only zeros."""
     rest = block[at:]
     length = int.from_bytes(rest[:4], "little") & ~(1 << 31)
-    return not rest.strip(b"\0") or len(rest) < jetstream.SHORTEST or length > len(rest)
+    return not rest.strip(b"\0") or len(rest) < jetstream.SHORTEST or len(rest) < length <= jetstream.MAX_RECORD

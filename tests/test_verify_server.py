@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mounts
@@ -20,7 +21,6 @@ from encfs_js.servercheck import Report, check, has_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 KEYS = [stores.KEY.encode()]
 STREAMS = "jetstream/$G/streams"
@@ -131,6 +131,19 @@ def test_a_compressed_block_is_lost_as_a_whole(store: Path, mode: str) -> None:
     assert first is not None
     assert records[0].seq <= first <= records[-1].seq
     assert last == records[-1].seq
+
+
+def test_what_no_record_can_begin_with_is_no_torn_tail(made: dict[str, Path], tmp_path: Path) -> None:
+    store = Path(shutil.copytree(made["plain"], tmp_path / "store"))
+    directory = store / STREAMS / "MANY/msgs"
+    number = max(int(path.stem) for path in directory.glob("*.blk"))
+    end = (directory / f"{number}.blk").stat().st_size
+    for garbage in (b"\xff" * 100, b"\x01\0\0\x02" + b"x" * 100):  # too long for any record
+        edit(directory / f"{number}.blk", lambda raw, garbage=garbage: raw.__setitem__(slice(end, None), garbage))
+        report = checked(store)
+        assert report.torn == []
+        (damage,) = report.damage
+        assert (damage.path, damage.offset) == (f"{STREAMS}/MANY/msgs/{number}.blk".encode(), end)
 
 
 def test_a_cut_last_record_is_a_torn_tail(store: Path, mode: str) -> None:
