@@ -208,6 +208,18 @@ class ConversionError(EncfsError):
     exit_code = 39
 
 
+class NatsServerError(EncfsError):
+    """No nats-server that can be compared with: there is none, or it is too old."""
+
+    exit_code = 40
+
+
+class CompareError(EncfsError):
+    """A comparison is not complete: a mode could not run or failed. The report, where there is one, says which."""
+
+    exit_code = 41
+
+
 class FormatError(EncfsError):
     """Bytes that are no sealed file of this format version. Opaque on purpose, like IntegrityError."""
 
