@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 ACKS: Final = b"_INBOX.compare.acks"
 REPLAY: Final = b"_INBOX.compare.replay"
-CHUNK: Final = 256  # messages; only the last of a chunk asks for an ack
+CHUNK: Final = 256  # messages at most; only the last of a chunk asks for an ack
+_CHUNK_BYTES: Final = 256 << 10
 _TIMEOUT: Final = 60.0  # seconds without a word from the server
 _FLOW_CONTROL: Final = b"NATS/1.0 100 FlowControl"
 
@@ -167,12 +168,30 @@ def get(connection: Connection, stream: str, sequence: int) -> Message | None:
     return Message(subject.decode(), payload)
 
 
+def get_each(connection: Connection, stream: str, sequences: Sequence[int]) -> tuple[list[float], list[bytes]]:
+    """Get messages one after the other; return the seconds that each took, and their payloads. Raises RunError for none."""
+    inbox = b"_INBOX.compare.get"
+    connection.subscribe(inbox, 3)
+    latencies, found = [], []
+    for sequence in sequences:
+        body = b'{"seq":%d}' % sequence
+        data = b"PUB $JS.API.DIRECT.GET.%s %s %d\r\n%s\r\n" % (stream.encode(), inbox, len(body), body)
+        began = time.perf_counter()
+        connection.socket.sendall(data)
+        headers, payload = connection.next()
+        latencies.append(time.perf_counter() - began)
+        if b"\r\nNats-Subject: " not in headers:
+            raise RunError(f"{stream} {sequence}: the server answered {headers[:80]!r}")
+        found.append(payload)
+    return latencies, found
+
+
 def bodies(size: int) -> list[bytes]:
-    """Make the CHUNK different payloads that every chunk repeats, `size` bytes each.
+    """Make the different payloads that every chunk repeats, `size` bytes each: CHUNK of them, or fewer large ones.
 
     They are hexadecimal digits: random, but never what a search for protocol words finds.
     """
-    return [os.urandom(size).hex()[:size].encode() for _ in range(CHUNK)]
+    return [os.urandom(size).hex()[:size].encode() for _ in range(max(4, min(CHUNK, _CHUNK_BYTES // size)))]
 
 
 def encode(subject: bytes, payload: bytes, reply: bytes = b"") -> bytes:
@@ -181,25 +200,26 @@ def encode(subject: bytes, payload: bytes, reply: bytes = b"") -> bytes:
 
 
 def chunks(subjects: Sequence[bytes], messages: int, payloads: Sequence[bytes]) -> list[tuple[bytes, int]]:
-    """Return (protocol bytes, number of its last message) for each chunk; the subjects take turns.
+    """Return (protocol bytes, number of its last message) for each chunk of as many messages as there are payloads.
 
-    CHUNK must be a multiple of their number, so that all whole chunks are the same bytes.
+    The subjects take turns; there must be as many as divide that number, so that all whole chunks are the same bytes.
     """
+    size = len(payloads)
     prepared: dict[int, bytes] = {}
-    for count in {min(CHUNK, messages), messages % CHUNK or CHUNK}:
+    for count in {min(size, messages), messages % size or size}:
         parts = [
             encode(subjects[i % len(subjects)], payloads[i], ACKS if i == count - 1 else b"") for i in range(count)
         ]
         prepared[count] = b"".join(parts)
-    ends = [*range(CHUNK, messages, CHUNK), messages]
+    ends = [*range(size, messages, size), messages]
     return [(prepared[end - begin], end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def publish(connection: Connection, prepared: Sequence[tuple[bytes, int]], window: int) -> list[float]:
+def publish(connection: Connection, prepared: Sequence[tuple[bytes, int]], window: int, *, last: int = 0) -> list[float]:
     """Publish the chunks with at most `window` of them unacknowledged; return the seconds until each was acknowledged.
 
-    The numbers are those of the sequence: the stream must have been empty. Without a window the server's intake queue overflows
-    and it drops messages that did not ask for an ack. Raises RunError when a message was lost.
+    last: the stream's last sequence number before. Without a window the server's intake queue overflows and it drops messages that
+    did not ask for an ack. Raises RunError when a message was lost.
     """
     acked = 0
     sent_at: list[float] = []
@@ -208,7 +228,7 @@ def publish(connection: Connection, prepared: Sequence[tuple[bytes, int]], windo
         sent_at.append(time.perf_counter())
         connection.socket.sendall(data)
         while sent - acked >= window or (sent == len(prepared) and acked < sent):
-            sequence, expected = connection.acked(), prepared[acked][1]
+            sequence, expected = connection.acked(), prepared[acked][1] + last
             latencies.append(time.perf_counter() - sent_at[acked])
             if sequence != expected:
                 raise RunError(f"an ack says sequence {sequence} instead of {expected}: messages were lost")
@@ -305,6 +325,6 @@ class Replay:
             begin = end + 2 + (int(words[-2]) if words[0] == b"HMSG" else 0)
             if int(words[3].split(b".")[5]) != sequence + 1:
                 raise RunError(f"the replay has message {words[3].decode()} where {sequence + 1} should be")
-            if self._buffer[begin : at - 2] != payloads[sequence % CHUNK]:
+            if self._buffer[begin : at - 2] != payloads[sequence % len(payloads)]:
                 raise RunError(f"message {sequence + 1} is not what was published")
             sequence += 1

@@ -116,6 +116,8 @@ class Server:
             file.write(self._configuration())
         secret = {"COMPARE_KEY": self.key, "COMPARE_PREV_KEY": self.prev_key}
         self.starts += 1
+        while os.path.exists(self.log):  # of another server on this store before
+            self.starts += 1
         # Quoted: a key of digits would be read as a number.
         added = {name: json.dumps(value) for name, value in secret.items() if value is not None}
         self.process = processes.start([self.program, "-c", config], self.log, added)
