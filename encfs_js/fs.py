@@ -25,10 +25,10 @@ import pyfuse3
 import trio
 
 from encfs_js import journal, revive, times
-from encfs_js.format import PAGE, page_of
+from encfs_js.advice import Advice
 from encfs_js.gate import Gate
 from encfs_js.journal import Entry, Journal
-from encfs_js.pace import Pace, await_pages
+from encfs_js.pace import Pace, await_pages, pages_around
 from encfs_js.reply import Owner, entry_of, figures_of, nothing, replies, sets
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Operations(pyfuse3.Operations):
         self.answered = trio.Event()
         self._pace_of_syncs = Pace()
         self._pace_of_reads = Pace()
+        self.advice = Advice(tree.path)
         self._listings: dict[int, list[tuple[int, bytes]]] = {}
         self._serial = 0
 
@@ -244,6 +245,7 @@ class Operations(pyfuse3.Operations):
         fh = node.ino
         if write:
             fh |= _WRITER | (_DIRECT if direct else 0)
+            self.advice.writes(node)
         if flags & os.O_SYNC == os.O_SYNC or flags & os.O_DSYNC:
             fh |= _SYNC
         return pyfuse3.FileInfo(fh=fh, direct_io=direct, keep_cache=True)
@@ -267,6 +269,7 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_TRUNC:
                 await self.gate.to_change(node)
                 self._cut_at_open(node, ctx)
+            self.advice.opens(node, ctx.pid)
             return self._opened(node, flags)
         except BaseException:
             self._files.detach(node)
@@ -303,9 +306,7 @@ class Operations(pyfuse3.Operations):
             if exc.errno != errno.EOPNOTSUPP:
                 raise
             return self._files.read(node, off, size)
-        start, end = page_of(off)[0] * PAGE, (page_of(off + size)[0] + 1) * PAGE
-        self._tree.io.fadvise(node.fd, start, end - start, os.POSIX_FADV_WILLNEED)
-        await self._wait(node, self._pace_of_reads, await_pages, self._tree.io, node.fd, start, end)
+        await self._wait(node, self._pace_of_reads, await_pages, self._tree.io, node.fd, *pages_around(off, size))
         await self.gate.to_read(node)
         return self._files.read(node, off, size)
 
@@ -316,6 +317,7 @@ class Operations(pyfuse3.Operations):
         cached = self._writeback and not fh & _DIRECT
         await self.gate.to_change(node)
         self._notes.change(node.ino)
+        self.advice.wrote(node, len(buf))
         while not (done := self._files.write(node, off, buf, cached=cached, most=_GROW)) and buf:
             await trio.lowlevel.checkpoint()
             await self.gate.to_change(node)
@@ -329,9 +331,8 @@ class Operations(pyfuse3.Operations):
         """Bring a file to the disk."""
         node = self._tree.node(fh & _NODE)
         self._files.attach(node)
-        await self._wait(
-            node, self._pace_of_syncs, self._tree.io.fdatasync if datasync else self._tree.io.fsync, node.fd
-        )
+        sync = self._tree.io.fdatasync if datasync else self._tree.io.fsync
+        await self._wait(node, self._pace_of_syncs, sync, node.fd)
 
     async def _wait(self, node: Node, pace: Pace, call: Callable[..., object], *args: object) -> None:
         """Wait for the disk with a node's descriptor, which stays open meanwhile."""
@@ -347,6 +348,7 @@ class Operations(pyfuse3.Operations):
         node = self._tree.nodes.get(fh & _NODE)
         if node is not None:
             self._files.release(node, write=bool(fh & _WRITER), direct=bool(fh & _DIRECT))
+            self.advice.closed(node)
 
     # -- directories
 

@@ -76,14 +76,15 @@ def find_store(store: str, mountpoint: str) -> MountEntry | None:
     return next((entry for entry in ours if entry.mountpoint == wanted), ours[0] if ours else None)
 
 
-def tune(mountpoint: str) -> None:
+def tune(mountpoint: str) -> int | None:
     """Allow larger reads and more requests at a time where we may (root); 128 KiB reads become 1 MiB reads.
 
-    Not before FUSE_INIT is answered: the answer sets it all anew.
+    Returns the mount's st_dev, None where it is not to be seen from here. Not before FUSE_INIT is answered: the answer sets
+    it all anew.
     """
     device = next((m.device for m in mounts() if m.mountpoint == mountpoint and m.fs_type == FS_TYPE), None)
     if device is None:
-        return
+        return None
     minor = device.split(":")[1]
     for path, value in (
         (f"/sys/class/bdi/{device}/read_ahead_kb", "1024"),
@@ -95,3 +96,4 @@ def tune(mountpoint: str) -> None:
                 file.write(value)
         except OSError as exc:
             log.debug("%s: %s", path, exc.strerror)
+    return os.makedev(*map(int, device.split(":")))

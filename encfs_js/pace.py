@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from encfs_js.format import PAGE
+from encfs_js.format import PAGE, page_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +36,14 @@ class Pace:
         return result
 
 
+def pages_around(offset: int, size: int) -> tuple[int, int]:
+    """Return where the sealed pages of `size` plain bytes at `offset` start and end in the backing file."""
+    return page_of(offset)[0] * PAGE, (page_of(offset + size)[0] + 1) * PAGE
+
+
 def await_pages(io: Backing, fd: int, start: int, end: int) -> None:
     """Wait until start..end are in memory: one byte of every 128 KiB, so that nothing is copied."""
+    io.fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
     byte = bytearray(1)
     for at in (*range(start, end - PAGE, _STEP), end - PAGE):
         io.preadv(fd, [byte], at)

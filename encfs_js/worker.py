@@ -143,12 +143,13 @@ async def _beat(sock: socket.socket) -> None:
 
 
 async def _when_answered(operations: Operations, mountpoint: str, unheard: list[journal.Entry]) -> None:
-    """Do what the kernel understands once FUSE_INIT is answered: tune the mount, and forget names.
+    """Do what the kernel understands once FUSE_INIT is answered: tune the mount, advise on it, and forget names.
 
     unheard: changes of names that were made, and that nobody waits for any more. The kernel may still believe what was before.
     """
     await operations.answered.wait()
-    tune(mountpoint)
+    if (device := tune(mountpoint)) is not None:
+        operations.advice.begin(mountpoint, device)
     for entry in unheard:
         for parent, name in ((entry.parent, entry.name), (entry.new_parent, entry.new_name)):
             if name:

@@ -15,7 +15,7 @@ ROOMS = """
     format natscodec serverkeys jetstream serverstate servernotes serverold backing serverstore
     steps keydocument recovery slots keyring keystore keysource config tpmfile tpm keymemory sealed crash redo
     state inuse guard tree viewtree reserve times opening files rewrite reencrypt sweep revive world
-    gate pace reply fs viewfs background session worker mount premount
+    gate pace advisor advice reply fs viewfs background session worker mount premount
     meter pool inspect view unsealing census holdings recordcheck serverwrite sides staging survey carry equal convert
     encrypt decrypt near impact loss filecheck verify metacheck servercheck
     cli_text cli_table cli_census cli_progress cli_key cli_serverkey cli_keys cli_guard cli_init cli_inspect cli_mount

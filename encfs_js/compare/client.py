@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ACKS: Final = b"_INBOX.compare.acks"
 REPLAY: Final = b"_INBOX.compare.replay"
+_GETS: Final = b"_INBOX.compare.get"
 CHUNK: Final = 256  # messages at most; only the last of a chunk asks for an ack
 _CHUNK_BYTES: Final = 256 << 10
 _TIMEOUT: Final = 60.0  # seconds without a word from the server
@@ -168,14 +169,18 @@ def get(connection: Connection, stream: str, sequence: int) -> Message | None:
     return Message(subject.decode(), payload)
 
 
+def direct_get(stream: str, sequence: int) -> bytes:
+    """Return the protocol bytes that ask for a message of a stream, as `get_each` does."""
+    body = b'{"seq":%d}' % sequence
+    return b"PUB $JS.API.DIRECT.GET.%s %s %d\r\n%s\r\n" % (stream.encode(), _GETS, len(body), body)
+
+
 def get_each(connection: Connection, stream: str, sequences: Sequence[int]) -> tuple[list[float], list[bytes]]:
     """Get messages one after the other; return the seconds that each took, and their payloads. Raises RunError for none."""
-    inbox = b"_INBOX.compare.get"
-    connection.subscribe(inbox, 3)
+    connection.subscribe(_GETS, 3)
     latencies, found = [], []
     for sequence in sequences:
-        body = b'{"seq":%d}' % sequence
-        data = b"PUB $JS.API.DIRECT.GET.%s %s %d\r\n%s\r\n" % (stream.encode(), inbox, len(body), body)
+        data = direct_get(stream, sequence)
         began = time.perf_counter()
         connection.socket.sendall(data)
         headers, payload = connection.next()
@@ -215,11 +220,13 @@ def chunks(subjects: Sequence[bytes], messages: int, payloads: Sequence[bytes]) 
     return [(prepared[end - begin], end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def publish(connection: Connection, prepared: Sequence[tuple[bytes, int]], window: int, *, last: int = 0) -> list[float]:
+def publish(
+    connection: Connection, prepared: Sequence[tuple[bytes, int]], window: int, *, last: int = 0
+) -> list[float]:
     """Publish the chunks with at most `window` of them unacknowledged; return the seconds until each was acknowledged.
 
-    last: the stream's last sequence number before. Without a window the server's intake queue overflows and it drops messages that
-    did not ask for an ack. Raises RunError when a message was lost.
+    last: the stream's last sequence number before. Without a window the server's intake queue overflows and it drops messages
+    that did not ask for an ack. Raises RunError when a message was lost.
     """
     acked = 0
     sent_at: list[float] = []
