@@ -4,7 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd -P)
 . "$root/examples/setup.sh"
-set_up e2fsprogs swtpm
+set_up e2fsprogs swtpm gocryptfs securefs chromium poppler-utils
 fetch_package nats-server # an older one than pip has; Debian 12 has 2.9.10
 
 cd "$root"
