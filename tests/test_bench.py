@@ -1,31 +1,35 @@
-"""The benchmark works: a tiny run gives every figure. What the figures are is no matter for a test."""
+"""The benchmark works: a tiny run gives every figure, and a profile. What the figures are is no matter for a test."""
+
+from __future__ import annotations
 
 import json
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
+import mounts
 import pytest
-from bench import backends, client, loads, meter, report, server
+from bench import loads
 
-pytestmark = pytest.mark.nats
+if TYPE_CHECKING:
+    from pathlib import Path
 
+pytestmark = [
+    pytest.mark.nats,
+    pytest.mark.mount,
+    pytest.mark.skipif(bool(mounts.needs_fuse()), reason=mounts.needs_fuse() or "-"),
+]
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def expected(backend):
-    if backend == "plain":
-        return {name for name in report.FIGURES if not name.endswith("_cpu")}
-    return {name for name in report.FIGURES if name != "ceiling.rate"}
-
-
-@pytest.mark.mount
-@pytest.mark.skipif(backends.missing("sealed:aes") != "", reason=backends.missing("sealed:aes"))
-def test_a_quick_run_has_every_figure(tmp_path):
+def test_a_quick_run_has_every_figure(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
-    options = ["--quick", "--backend", "plain", "--backend", "sealed:aes", "--directory", str(tmp_path)]
+    options = ["--quick", "--mode", "plain", "--mode", "mount aes", "--directory", str(tmp_path)]
+    chosen = [option for load in ("always", "file", "small") for option in ("--load", load)]
+    profile = ["--profile", "cprofile", "--profile-directory", str(tmp_path / "profiles")]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", *options, "--json", str(result)],
+        [sys.executable, "-m", "tests.bench", *options, *chosen, *profile, "--json", str(result)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -34,32 +38,32 @@ def test_a_quick_run_has_every_figure(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads(result.read_text())
     assert measured["failures"] == []
-    assert {run["load"] for run in measured["runs"]} == set(loads.LOADS)
-    for backend in ("plain", "sealed:aes"):
-        rows = {row["figure"]: row for row in measured["figures"] if row["backend"] == backend}
-        assert set(rows) == expected(backend)
-        for name, row in rows.items():
-            # The daemon's CPU seconds for so little work may be less than the clock's tick.
-            assert row["value"]["median"] > 0 or name.endswith("_cpu")
-            assert row["value"]["min"] <= row["value"]["median"] <= row["value"]["max"]
-            assert (row["target"] is None) == ((name, backend) not in report.TARGETS)
-            if backend == "sealed:aes" and not name.endswith("_cpu"):
-                assert len(row["ratio"]["values"]) == 1
-    assert os.listdir(tmp_path) == ["result.json"], "the stores were removed"
+    assert [(run["load"], run["mode"]) for run in measured["runs"]] == [
+        (load, mode) for load in ("always", "file", "small") for mode in ("plain", "mount aes")
+    ]
+    for run in measured["runs"]:
+        figures = run["figures"]
+        assert (
+            set(figures)
+            == {
+                "always": {"publish-always"},
+                "file": {"file.write", "file.read"},
+                "small": {f"small.{name}" for name in ("create", "stat_cached", "rename", "unlink", "stat")},
+            }[run["load"]]
+        )
+        assert all(value > 0 for work in figures.values() for name, value in work.items() if "cpu" not in name)
+    ratios = [
+        row["ratios"] for row in measured["rows"] if row["mode"] == "mount aes" and row["measure"] in ("rate", "time")
+    ]
+    assert all(len(found) == 1 for found in ratios)
+    assert len(ratios) == 8
+    assert "function calls" in next((tmp_path / "profiles").glob("small-*.txt")).read_text()
+    assert sorted(os.listdir(tmp_path)) == ["profiles", "result.json"], "the stores were removed"
     with open("/proc/self/mountinfo") as file:
         assert str(tmp_path) not in file.read(), "the mounts were removed"
 
 
-def test_a_lost_message_fails_the_run(tmp_path):
-    """An ack that is behind what was published means loss, and a benchmark of lost messages is none."""
-    store = backends.create("plain", str(tmp_path))
-    bodies = client.payloads(64)
-    prepared = client.chunks(3_000, bodies, headers=True)
-    assert [end for _, end in prepared] == [1024, 2048, 3000]
-    prepared[1] = (prepared[1][0].replace(client.encode(bodies[7], headers=True), b"", 1), prepared[1][1])
-    with server.running(store) as nats:
-        client.stream(nats.port, "CREATE", storage="file")
-        with client.connected(nats.port) as connection:
-            connection.subscribe(client.ACKS, 1)
-            with pytest.raises(meter.RunError, match="sequence 2047 instead of 2048"):
-                client.publish(connection, prepared, window=2)
+def test_every_load_is_known_by_its_name() -> None:
+    assert list(loads.LOADS) == ["publish", "stream", "single", "always", "file", "small"]
+    assert not loads.applies("file", "server")
+    assert loads.applies("stream", "server")

@@ -79,6 +79,7 @@ class Store:
     """A store of one mode, and where its parts are.
 
     root: the directory that holds everything of it; backing: what lies on the disk; directory: nats-server's store_dir.
+    ours: the command that is encfs-js.
     """
 
     mode: Mode
@@ -87,6 +88,7 @@ class Store:
     backing: str = ""
     directory: str = ""
     options: tuple[str, ...] = ()  # more for `encfs-js mount`
+    ours: tuple[str, ...] = OURS
 
     def __post_init__(self) -> None:
         """Find the directories."""
@@ -143,7 +145,7 @@ def write_password(store: Store, key: str) -> None:
 def _command(store: Store) -> list[str]:
     """Return the daemon's command, in the foreground."""
     if store.mode.kind == "mount":
-        return [*OURS, "mount", store.backing, store.directory, "--foreground", *store.options]
+        return [*store.ours, "mount", store.backing, store.directory, "--foreground", *store.options]
     if store.mode.name == "gocryptfs":
         return ["gocryptfs", "-fg", "-q", "-passfile", store.password, store.backing, store.directory]
     return ["securefs", "mount", "--keyfile", store.password, "--pass", "", store.backing, store.directory]

@@ -1,178 +1,154 @@
 """The command line of the benchmark: options, the order of the runs, the table and the JSON file."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
-import platform
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from . import backends, loads, meter, report, server
-from .meter import CORES, RunError
-from .profiler import KINDS, Profiler
+from encfs_js.compare import clocks, modes, processes, server
+from encfs_js.compare import loads as served
+from encfs_js.compare.result import spread
 
-QUICK = loads.Size(messages=5_000, sync_messages=50, file_mib=8, files=100)
+from . import __doc__ as told
+from . import loads, profiler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+MODES = {mode.name: mode for mode in modes.MODES}
+DEFAULT = ("plain", "mount chachapoly", "mount aes")
+MEMORY = 2 << 30  # bytes at hand for each measurement, see clocks.hold
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    sizes = loads.Size()
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--backend", action="append", choices=backends.NAMES, metavar="NAME", help=", ".join(backends.NAMES)
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=told.splitlines()[0])
+    parser.add_argument("--mode", action="append", choices=MODES, metavar="NAME", help=", ".join(MODES))
     parser.add_argument("--load", action="append", choices=loads.LOADS, metavar="NAME", help=", ".join(loads.LOADS))
-    parser.add_argument("--pairs", type=int, help="pairs of runs per load and backend (5)")
-    parser.add_argument(
-        "--directory",
-        default=tempfile.gettempdir(),
-        help="where the stores are made, on the file system to measure (the temporary directory)",
-    )
+    parser.add_argument("--pairs", type=int, help="pairs of runs per load and mode (5)")
+    parser.add_argument("--directory", default=tempfile.gettempdir(), help="where the stores are made")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
     parser.add_argument("--quick", action="store_true", help="tiny loads and one pair: shows that everything works")
-    parser.add_argument("--messages", type=int, help=f"messages of the jetstream load ({sizes.messages})")
-    parser.add_argument("--payload", type=int, help=f"bytes of a message ({sizes.payload})")
-    parser.add_argument("--window", type=int, help=f"chunks of 1,024 messages in flight ({sizes.window})")
-    parser.add_argument("--headers", action="store_true", default=None, help="publish with a header (HPUB)")
-    parser.add_argument("--sync-messages", type=int, help=f"messages of the sync load ({sizes.sync_messages})")
-    parser.add_argument("--file-mib", type=int, help=f"size of the large file ({sizes.file_mib})")
-    parser.add_argument("--files", type=int, help=f"number of small files ({sizes.files})")
-    parser.add_argument(
-        "--mount-option",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="for encfs-js mount: --mount-option=--no-writeback",
-    )
-    parser.add_argument("--profile", choices=KINDS, help="profile the daemon of sealed mounts")
+    parser.add_argument("--size", action="append", default=[], metavar="NAME=COUNT", help=", ".join(vars(loads.Size())))
+    parser.add_argument("--mount-option", action="append", default=[], metavar="OPTION", help="for encfs-js mount")
+    parser.add_argument("--profile", choices=profiler.KINDS, help="profile the daemon of mounts")
     parser.add_argument("--profile-directory", default="bench-profiles", help="where the profiles go (bench-profiles)")
     return parser.parse_args()
 
 
-def order(chosen, pairs, wanted):
-    """Yield (load, pair, backend, partner) in the order of the runs.
+def order(chosen: Sequence[str], pairs: int, wanted: Sequence[str]) -> Iterator[tuple[str, int, str, str]]:
+    """Yield (load, pair, mode, partner) in the order of the runs.
 
-    Every other backend's run comes right after a plain run of its own, so that both meet the same machine.
+    Every other mode's run comes right after a plain run of its own, so that both meet the same machine.
     """
-    others = [backend for backend in chosen if backend != "plain"]
     for load in wanted:
         for pair in range(1, pairs + 1):
-            for other in [other for other in others if loads.applies(load, other)] or ["plain"]:
-                if loads.applies(load, "plain"):
-                    yield load, pair, "plain", other
+            others = [name for name in chosen if name != "plain" and loads.applies(load, MODES[name].kind)]
+            for other in others or ["plain"]:
+                yield load, pair, "plain", other
                 if other != "plain":
                     yield load, pair, other, "plain"
 
 
-def filesystem(path):
-    """Return the type of the file system that holds a directory."""
-    best, kind = "", "unknown"
-    with open("/proc/self/mountinfo") as file:
-        for line in file:
-            mountpoint, after = line.split()[4], line.partition(" - ")[2].split()
-            inside = os.path.realpath(path).startswith(mountpoint.rstrip("/") + "/")
-            if inside and len(mountpoint) >= len(best):
-                best, kind = mountpoint, after[0]
-    return kind
-
-
-def once(options, size, load, pair, name):
-    """Make a run in a directory of its own and remove it."""
-    root = tempfile.mkdtemp(prefix="encfs-js-bench-", dir=options.directory)
-    profiler = None
-    if options.profile and name in backends.SEALED:
-        os.makedirs(options.profile_directory, exist_ok=True)
-        profiler = Profiler(options.profile, options.profile_directory, f"{load}-{name}-{pair}")
+def once(options: argparse.Namespace, program: str, size: loads.Size, root: str, label: str, name: str) -> served.Run:
+    """Make a run in a directory of its own."""
+    load = label.partition("-")[0]
+    store = modes.create(MODES[name], os.path.join(root, label), options=tuple(options.mount_option))
+    run = served.Run(store, program, size, lambda: None)
+    profile = os.path.abspath(os.path.join(options.profile_directory, f"{label}.{options.profile}"))
+    wanted = options.profile if MODES[name].kind == "mount" else ""
     try:
-        store = backends.create(name, root, mount_options=options.mount_option, profiler=profiler)
-        figures, costs = loads.LOADS[load](store, size)
-    except (RunError, OSError) as error:
-        raise RunError(f"{type(error).__name__}: {error}\n{complaints(root)}") from error
-    finally:
-        # A mount that could not be taken away must not be emptied through its mountpoint.
-        if not os.path.ismount(os.path.join(root, "data")):
-            shutil.rmtree(root, ignore_errors=True)
-    for path in profiler.summarise() if profiler else ():
-        print(f"      profile: {path}", flush=True)
-    return figures, costs
+        if wanted == "cprofile":
+            os.environ["BENCH_PROFILE"] = profile
+            store.ours = profiler.PROFILED
+        with profiler.recording(profile) if wanted == "perf" else nullcontext():
+            loads.LOADS[load](run)
+    except (processes.RunError, OSError) as error:
+        said = processes.tail(store.log)
+        raise processes.RunError(f"{type(error).__name__}: {error}\n{said}") from error
+    if wanted:
+        print(f"      profile: {profiler.summarise(wanted, profile)}", flush=True)
+    return run
 
 
-def complaints(root):
-    """Return the last lines that the server and the daemon logged above the level INFO."""
-    lines = []
-    for name in ("nats.log", "daemon.log"):
-        with suppress(OSError), open(os.path.join(root, name), errors="replace") as file:
-            lines += [f"  {name}: {line.rstrip()}" for line in deque(file, 20) if "[INF]" not in line]
-    return "\n".join(lines)
+def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per figure and mode; a ratio is taken within a pair only, with the plain run that came just before."""
+    plain = {(run["load"], run["pair"], run["partner"]): run["figures"] for run in runs if run["mode"] == "plain"}
+    rows: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for run in runs:
+        before = plain.get((run["load"], run["pair"], run["mode"]), {})
+        for work, measures in run["figures"].items():
+            for measure, value in measures.items():
+                row = rows.setdefault((work, measure, run["mode"]), {"values": [], "ratios": []})
+                row["values"].append(value)
+                if base := before.get(work, {}).get(measure):
+                    row["ratios"].append(value / base)
+    return [
+        {"work": work, "measure": measure, "mode": mode, **{name: values for name, values in row.items() if values}}
+        for (work, measure, mode), row in sorted(rows.items())
+    ]
 
 
-def progress(figures):
-    """Return a run's figures as one line."""
-    known = ((report.FIGURES[name], name, value) for name, value in figures.items())
-    return "  ".join(f"{name}={value * kind.scale:,.{kind.digits}f}" for kind, name, value in known)
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the table."""
+    for row in rows:
+        value = spread(row["values"])
+        text = f"{row['work']:<16} {row['measure']:<14} {row['mode']:<18} {value.median:>14,.6g}"
+        if row.get("ratios"):
+            ratio = spread(row["ratios"])
+            text += f"   of plain {ratio.median:.3f} [{ratio.min:.3f} .. {ratio.max:.3f}]"
+        yield text
 
 
-def main():
+def main() -> int:
     """Run everything; return the exit code."""
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if options.quick:
-        meter.KEPT = meter.mmap.PAGESIZE  # figures that mean nothing need no memory at hand
-    base = QUICK if options.quick else loads.Size()
-    given = {name: getattr(options, name) for name in vars(base) if getattr(options, name) is not None}
-    size = loads.Size(**vars(base) | given)
-    pairs = options.pairs or (1 if options.quick else 5)
+    size = replace(
+        loads.QUICK if options.quick else loads.Size(),
+        **{name: int(count) for name, _, count in (given.partition("=") for given in options.size)},
+    )
+    if options.profile:
+        profiler.check(options.profile)
+        os.makedirs(options.profile_directory, exist_ok=True)
+    program = server.find(None)
     chosen = []
-    for name in options.backend or backends.DEFAULT:
-        if reason := backends.missing(name):
+    for name in options.mode or DEFAULT:
+        if reason := modes.missing(MODES[name]):
             print(f"skipped {name}: {reason}")
         else:
             chosen.append(name)
-    machine = {
-        "cores": CORES,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "server": server.version(),
-        "filesystem": filesystem(options.directory),
-        "load_before": round(os.getloadavg()[0], 2),
-        "cold": os.access("/proc/sys/vm/drop_caches", os.W_OK),
-    }
-    print("  ".join(f"{name}: {value}" for name, value in machine.items()))
-    if machine["load_before"] > 0.5:
-        print("something else runs here (load_before): do not trust the figures")
-    if not machine["cold"]:
-        print("not root: the page cache cannot be dropped, figures called cold are warm")
+    clocks.hold(0 if options.quick else MEMORY)
     runs, failures, began = [], [], time.monotonic()
-    for load, pair, name, partner in order(chosen, pairs, options.load or loads.LOADS):
-        label = {"load": load, "pair": pair, "backend": name, "partner": partner}
-        try:
-            figures, costs = once(options, size, load, pair, name)
-        except RunError as error:
-            failures.append(label | {"error": str(error)})
-            print(f"[{load} {pair}] {name}: FAILED: {error}", flush=True)
-            continue
-        runs.append(label | {"figures": figures, "costs": costs})
-        print(f"[{load} {pair}] {name}: {progress(figures)}", flush=True)
-    rows = report.summarise(runs)
-    print("\n".join(report.table(rows)))
+    with processes.scratch(options.directory) as root:
+        for load, pair, name, partner in order(
+            chosen, options.pairs or (1 if options.quick else 5), options.load or list(loads.LOADS)
+        ):
+            label = f"{load}-{name}-{partner}-{pair}".replace(" ", "_")
+            known = {"load": load, "pair": pair, "mode": name, "partner": partner}
+            try:
+                run = once(options, program, size, root, label, name)
+            except processes.RunError as error:
+                failures.append(known | {"error": str(error)})
+                print(f"[{load} {pair}] {name}: FAILED: {error}", flush=True)
+                continue
+            runs.append(known | {"figures": run.figures, "bounds": run.bounds})
+            print(f"[{load} {pair}] {name}", flush=True)
+            shutil.rmtree(os.path.join(root, label))
+    rows = summarise(runs)
+    print("\n".join(table(rows)))
     print(f"\n{len(runs)} runs in {time.monotonic() - began:.0f} s, {len(failures)} failed")
     if options.json:
-        result = {
-            "machine": machine,
-            "size": vars(size),
-            "pairs": pairs,
-            "figures": rows,
-            "runs": runs,
-            "failures": failures,
-        }
+        found = {"size": vars(size), "rows": rows, "runs": runs, "failures": failures}
         with open(options.json, "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+            json.dump(found, file, indent=1)
     return 1 if failures else 0
 
 
