@@ -38,6 +38,7 @@ _ROOMS: Final = {
     "decrypt": "cli_encrypt",
     "convert": "cli_convert",
     "view": "cli_view",
+    "compare": "cli_compare",
     "guard": "cli_guard",
     "systemd": "cli_systemd",
 }

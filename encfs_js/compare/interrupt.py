@@ -1,0 +1,55 @@
+"""What Ctrl-C and SIGTERM do to a comparison: the first one ends it wherever it waits, and nothing interrupts the cleaning up."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the first signal, but only within `raising`; a signal before that is kept until then."""
+
+    def __init__(self) -> None:
+        self._came = False
+        self._raising = False
+
+    def _take(self, _number: int, _frame: object) -> None:
+        first, self._came = not self._came, True
+        if first and self._raising:
+            self._raising = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Let signals raise within the block. Raises KeyboardInterrupt at once for one that came before."""
+        self._raising = True
+        try:
+            if self._came:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._raising = False
+
+
+@contextmanager
+def taken() -> Iterator[Interrupt]:
+    """Take SIGNALS for the length of the block (in the main thread), and give them back.
+
+    Raises KeyboardInterrupt at the end for a signal that came when `raising` was over.
+    """
+    interrupt = Interrupt()
+    # A handler of Python's, not SIG_IGN: whatever is started meanwhile does not inherit it.
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, interrupt._take) for number in SIGNALS}  # noqa: SLF001
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if interrupt._came:  # noqa: SLF001
+        raise KeyboardInterrupt

@@ -1,0 +1,37 @@
+"""The report on the disk: three files in a directory, each replaced as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Final
+
+from encfs_js.compare import markdown, page, result
+
+if TYPE_CHECKING:
+    from encfs_js.compare.result import Result
+
+NAMES: Final = ("index.html", "compare.md", "compare.json")
+
+
+def write(found: Result, directory: str) -> None:
+    """Make the directory where it is missing, and write NAMES into it; what else is there stays. Raises OSError.
+
+    All are made and synced before the first is put in its place: who reads there never finds half a file.
+    """
+    contents = (page.render(found).encode(), markdown.render(found).encode(), result.encode(found))
+    os.makedirs(directory, exist_ok=True)
+    made: list[str] = []
+    try:
+        for name, content in zip(NAMES, contents, strict=True):
+            made.append(os.path.join(directory, f".{name}.new"))
+            with open(made[-1], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, name in zip(made, NAMES, strict=True):
+            os.replace(path, os.path.join(directory, name))
+    finally:
+        for path in made:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
