@@ -26,7 +26,7 @@ ROOMS = """
 COMPARE = """
     __init__ interrupt processes result sink client clocks server modes machine
     loads ceiling cluster figures
-    reading judging telling victim forging observing leaks tampering mistakes killing attacks
+    reading judging victim telling forging observing leaks tampering mistakes killing attacks
     runs rounds
     wording summary drawing plots page markdown report
 """.split()  # noqa: SIM905

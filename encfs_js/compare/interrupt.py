@@ -16,11 +16,12 @@ class Interrupt:
     """Raises KeyboardInterrupt at the first signal, but only within `raising`; a signal before that is kept until then."""
 
     def __init__(self) -> None:
-        self._came = False
+        self.came = False
         self._raising = False
 
-    def _take(self, _number: int, _frame: object) -> None:
-        first, self._came = not self._came, True
+    def take(self, _number: int, _frame: object) -> None:
+        """Handle a signal."""
+        first, self.came = not self.came, True
         if first and self._raising:
             self._raising = False
             raise KeyboardInterrupt
@@ -30,7 +31,7 @@ class Interrupt:
         """Let signals raise within the block. Raises KeyboardInterrupt at once for one that came before."""
         self._raising = True
         try:
-            if self._came:
+            if self.came:
                 raise KeyboardInterrupt
             yield
         finally:
@@ -39,17 +40,18 @@ class Interrupt:
 
 @contextmanager
 def taken() -> Iterator[Interrupt]:
-    """Take SIGNALS for the length of the block (in the main thread), and give them back.
+    """Take SIGNALS for the length of the block (in the main thread), and give them back, unless one came.
 
-    Raises KeyboardInterrupt at the end for a signal that came when `raising` was over.
+    Then the process is about to end, and one more signal must not change how. Raises KeyboardInterrupt at the end for one that
+    came after `raising`.
     """
     interrupt = Interrupt()
     # A handler of Python's, not SIG_IGN: whatever is started meanwhile does not inherit it.
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, interrupt._take) for number in SIGNALS}  # noqa: SLF001
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, interrupt.take) for number in SIGNALS}
     try:
         yield interrupt
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if not interrupt.came else ():
             signal.signal(number, handler)
-    if interrupt._came:  # noqa: SLF001
+    if interrupt.came:
         raise KeyboardInterrupt

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from encfs_js.compare.reading import MISSING
 
 if TYPE_CHECKING:
     from encfs_js.compare.reading import Reading
     from encfs_js.compare.result import Word
+
+NOTHING: Final = "nothing"  # what `verify` finds where all is sound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class Seen(Differences):
     refused: what the mount or the server said when it did not start; said: log lines and error answers; lost: message blocks that
     are shorter by a record or more, or gone, since the attack; unit: how many messages lie in what was attacked; served: how many
     of them were served as they were; back: whether everything was there after the attack was undone; still: what was not;
-    undone: false where there was nothing to undo, and `back` tells of the end; found: what `encfs-js verify` finds.
+    undone: false where there was nothing to undo, and `back` tells of the end; found: what `encfs-js verify` finds
+    before the store is used, "" where it was not asked.
     """
 
     refused: str = ""

@@ -17,7 +17,7 @@ import msgspec
 
 from encfs_js.compare import modes, processes, victim
 from encfs_js.compare.client import connected
-from encfs_js.compare.judging import Differences, Seen, compare, count
+from encfs_js.compare.judging import NOTHING, Differences, Seen, compare, count
 from encfs_js.compare.processes import RefusedError, RunError
 from encfs_js.compare.reading import Reading, read
 
@@ -198,6 +198,7 @@ def observe(
     Raises RunError when something hangs, OSError.
     """
     left = {plain: size for plain, size in block_sizes(store, of).items() if size}
+    found = _verified(store) if store.mode.kind == "mount" and key is None else ""
     run = use(store, of, check, key=key)
     after = block_sizes(store, of)
     # A record that the attack had torn already is no message any more: to cut off what is left of it destroys nothing.
@@ -207,7 +208,6 @@ def observe(
         for plain, size in left.items()
         if plain not in after or size - after[plain] >= record
     ]
-    found = _verified(store) if store.mode.kind == "mount" else ""
     undo()
     _open_guard(store)
     again = use(store, of, check)
@@ -264,7 +264,7 @@ def contents(directory: str) -> list[tuple[str, bytes]]:
 
 
 def _verified(store: Store) -> str:
-    """Return what `encfs-js verify` finds in a store, in a few words; "" for nothing."""
+    """Return what `encfs-js verify` finds in a store, in a few words, or NOTHING."""
     try:
         said = processes.call([*modes.OURS, "verify", store.backing, "--json"], {"JS_KEY": store.key})
     except RefusedError as refusal:
@@ -274,7 +274,7 @@ def _verified(store: Store) -> str:
     except (ValueError, msgspec.DecodeError):
         return _without(_reason(said), store)
     if not (damage := [*report["damage"], *report["own_damage"], *report["unreadable"]]):
-        return _without(report["warnings"][0], store) if report["warnings"] else ""
+        return _without(report["warnings"][0], store) if report["warnings"] else NOTHING
     first = damage[0]
     page = f" page {first['page']}" if first.get("page") is not None else ""
     return f"{'/'.join(first.get('file', first.get('path', '')).split('/')[-2:])}{page}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from encfs_js.compare.judging import judge, plural
-from encfs_js.compare.victim import ACCOUNT
+from encfs_js.compare.judging import NOTHING, judge, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +18,7 @@ _VERIFY: Final = 60  # and of what `verify` says
 # From the worst for who owns the data.
 _WORST: Final[tuple[Word, ...]] = ("unnoticed", "data destroyed", "detected", "refused", "intact")
 _SECUREFS: Final = re.compile(r"\[Error\].* because it encounters exception ")
+_STREAMS: Final = re.compile(r"jetstream/[^/ ]+/streams/")
 _BEFORE: Final = re.compile(r"^\[Error\] \[int [^]]*\] *|^encfs-js: ")
 
 
@@ -60,12 +60,14 @@ def tell(seen: Seen) -> str:
 
 def _after(seen: Seen) -> list[str]:
     parts = []
-    if seen.found:
+    if seen.found == NOTHING:
+        parts.append("verify finds nothing")
+    elif seen.found:
         parts.append(f'verify: "{short(seen.found, _VERIFY)}"')
     if seen.lost:
         parts.append(f"{seen.lost[0]}{f' and {len(seen.lost) - 1} more' if len(seen.lost) > 1 else ''}")
     if not seen.undone:
-        parts += [] if seen.back else [f"gone for good: {short(seen.still)}"]
+        parts += [] if seen.back else [f"in the end gone: {short(seen.still)}"]
     elif not seen.back:
         parts.append(f"with the attack undone still missing: {short(seen.still)}")
     elif seen.lost:
@@ -86,7 +88,7 @@ def _line(said: Sequence[str]) -> str:
 
 def short(line: str, most: int = _LINE) -> str:
     """Return a line of a log, shortened: without what stands before each, and paths from the stream on."""
-    line = _BEFORE.sub("", _SECUREFS.sub("", " ".join(line.split()))).replace(f"jetstream/{ACCOUNT}/streams/", "")
+    line = _STREAMS.sub("", _BEFORE.sub("", _SECUREFS.sub("", " ".join(line.split()))))
     return line if len(line) <= most else line[: most - 3].rstrip() + "..."
 
 
