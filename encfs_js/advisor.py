@@ -1,7 +1,7 @@
 """The process that asks the kernel for write-behind and read-ahead on a mount (advice.py says why). Has no keys.
 
-Run as a script, isolated: arguments are the number of a socket, the mountpoint, and the mount's st_dev. It ends when the worker
-that started it does, or when it finds that the mount is not to be had from here.
+Run as a script, isolated. Arguments: the number of a socket, the mountpoint, the mount's st_dev, and who starts it. It ends when
+that worker does, or when it finds that the mount is not to be had from here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import contextlib
 import ctypes
 import os
 import select
+import signal
 import socket
+import stat
 import struct
 import sys
 import time
@@ -18,11 +20,15 @@ from typing import Final
 
 WORD: Final = "<BQ"  # what, inode; a path follows
 GROW, DROP, FETCH = 1, 2, 3
+LONGEST: Final = 4096  # bytes of a path
 STEP: Final = 1 << 20  # bytes: the largest request that FUSE makes
+MOST: Final = 16 << 20  # bytes that are fetched of one file; nats-server's largest block has 8 MiB
 # 340 MB/s, the most that was seen, are 1 MiB in 3 ms.
 _LOOK_MS: Final = 2
-_IDLE: Final = 0.25  # seconds without growth after which a file is let go
-_LONGEST: Final = 8192  # bytes of a word with its path
+_IDLE: Final = 0.25  # seconds without growth after which a file is not looked at any more
+# What tells our own opening from others'. Nobody else has a reason to open a regular file so.
+MARK: Final = os.O_NONBLOCK
+_PR_SET_PDEATHSIG: Final = 1
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -32,7 +38,7 @@ class NotToBeHadError(Exception):
 
 
 class Growing:
-    """A file that is written: `done` bytes of it were asked for, `size` was seen last, at `when`."""
+    """A file that is written. size, when: what was seen last, and when it changed; done: how far it was asked for."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -41,7 +47,7 @@ class Growing:
         self.done = self.size // STEP * STEP
 
     def look(self) -> bool:
-        """Have the kernel write what is complete. Returns whether the file still grows."""
+        """Have the kernel write what is complete. Returns whether the file still grows. Raises OSError."""
         size, now = os.fstat(self.fd).st_size, time.monotonic()
         if size != self.size:
             self.size, self.when = size, now
@@ -49,60 +55,117 @@ class Growing:
         if whole > self.done:
             start, length = ctypes.c_int64(self.done), ctypes.c_int64(whole - self.done)
             _libc.sync_file_range(self.fd, start, length, _SYNC_FILE_RANGE_WRITE)
-            self.done = whole
+        self.done = whole
         return now - self.when < _IDLE
 
 
 def opened(mountpoint: bytes, device: int, path: bytes, ino: int) -> int:
-    """Open a file of the mount; -1 when it is gone, or another one by now. Raises OSError, NotToBeHadError."""
+    """Open a regular file of the mount; -1 when it is gone, or another one by now. Raises OSError, NotToBeHadError.
+
+    A path can lead anywhere by now, and to open what lies there could do anything. So first it is only found, and looked at.
+    """
     try:
-        fd = os.open(os.path.join(mountpoint, path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        place = os.open(os.path.join(mountpoint, path), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return -1
-    found = os.fstat(fd)
-    if (found.st_dev, found.st_ino) == (device, ino):
-        return fd
-    os.close(fd)
-    if found.st_dev != device:
-        raise NotToBeHadError
-    return -1
+    try:
+        found = os.fstat(place)
+        if found.st_dev != device:
+            if os.stat(mountpoint).st_dev != device:
+                raise NotToBeHadError
+            return -1
+        if found.st_ino != ino or not stat.S_ISREG(found.st_mode):
+            return -1
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC | MARK)
+    finally:
+        os.close(place)
 
 
-def fetch(fd: int) -> None:
-    """Have the kernel read a file into its cache. It takes no more than its read-ahead at a time."""
-    for at in range(0, os.fstat(fd).st_size, STEP):
-        os.posix_fadvise(fd, at, STEP, os.POSIX_FADV_WILLNEED)
+def read_ahead(device: int) -> int:
+    """Return how many bytes the kernel reads ahead on a mount: it takes no more at a time."""
+    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+        return max(4096, min(int(file.read()) << 10, STEP))
+    return 128 << 10
+
+
+def fetch(fd: int, step: int) -> None:
+    """Have the kernel read a file into its cache, `step` bytes at a time. Raises OSError."""
+    for at in range(0, min(os.fstat(fd).st_size, MOST), step):
+        os.posix_fadvise(fd, at, step, os.POSIX_FADV_WILLNEED)
+
+
+class Advisor:
+    """What one advisor has open: all files that are written in bulk, by inode, and which of them grow.
+
+    A file stays open until nobody writes it any more. Closing writes back all that is dirty and takes note of its errors, which
+    are the writer's to hear.
+    """
+
+    def __init__(self, mountpoint: bytes, device: int) -> None:
+        self._mountpoint = mountpoint
+        self._device = device
+        self._open: dict[int, Growing] = {}
+        self.grow: set[int] = set()
+        self._step = read_ahead(device)
+
+    def obey(self, word: bytes) -> None:
+        """Do what the worker says. Raises OSError, NotToBeHadError."""
+        what, ino = struct.unpack_from(WORD, word)
+        path = word[struct.calcsize(WORD) :]
+        if what == DROP:
+            self.grow.discard(ino)
+            if ino in self._open:
+                os.close(self._open.pop(ino).fd)
+        elif what == GROW and ino in self._open:
+            self._open[ino].when = time.monotonic()
+            self.grow.add(ino)
+        elif (fd := opened(self._mountpoint, self._device, path, ino)) >= 0:
+            if what == GROW:
+                self._open[ino] = Growing(fd)
+                self.grow.add(ino)
+            else:
+                try:
+                    fetch(fd, self._step)
+                finally:
+                    os.close(fd)
+
+    def look(self) -> None:
+        """See to the files that grow. Raises OSError."""
+        for ino in list(self.grow):
+            if not self._open[ino].look():
+                self.grow.discard(ino)
 
 
 def advise(sock: socket.socket, mountpoint: bytes, device: int) -> None:
-    """Do what the worker says until it has ended. Raises OSError, NotToBeHadError."""
-    grown: dict[int, Growing] = {}
+    """Do what the worker says until it has ended. What cannot be done is left: nobody needs it. Raises NotToBeHadError."""
+    advisor = Advisor(mountpoint, device)
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while True:
-        if poll.poll(_LOOK_MS if grown else None):
-            word = sock.recv(_LONGEST)
-            if not word:
-                return
-            what, ino = struct.unpack_from(WORD, word)
-            path = word[struct.calcsize(WORD) :]
-            if what == DROP and ino in grown:
-                os.close(grown.pop(ino).fd)
-            elif what == GROW and ino not in grown and (fd := opened(mountpoint, device, path, ino)) >= 0:
-                grown[ino] = Growing(fd)
-            elif what == FETCH and (fd := opened(mountpoint, device, path, ino)) >= 0:
-                fetch(fd)
-                os.close(fd)
-        for ino, growing in list(grown.items()):
-            if not growing.look():
-                os.close(grown.pop(ino).fd)
+        said = poll.poll(_LOOK_MS if advisor.grow else None)
+        word = sock.recv(LONGEST + struct.calcsize(WORD)) if said else b""
+        if said and not word:
+            return
+        with contextlib.suppress(OSError):
+            if word:
+                advisor.obey(word)
+            advisor.look()
 
 
 def main() -> None:
     """Run the advisor."""
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    with contextlib.suppress(OSError, NotToBeHadError):  # nobody needs the advice
-        advise(sock, os.fsencode(sys.argv[2]), int(sys.argv[3]))
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # the worker, which must not die of them, ignores them
+        signal.signal(number, signal.SIG_DFL)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(sys.argv[4]):
+        return
+    with contextlib.suppress(OSError, NotToBeHadError):
+        advise(socket.socket(fileno=int(sys.argv[1])), os.fsencode(sys.argv[2]), int(sys.argv[3]))
 
 
 if __name__ == "__main__":

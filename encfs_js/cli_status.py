@@ -10,6 +10,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _OURS: Final = (FS_TYPE, VIEW_TYPE)
 _UMOUNT_NOFOLLOW: Final = 8
 _PATIENCE_MS: Final = 2000
+_BUSY: Final = 0.3  # seconds: the last user is gone, and its file is still being closed
 
 
 @click.command()
@@ -40,6 +42,10 @@ def umount(mountpoint: str) -> None:
         )
     with _daemon(entry) as daemon:
         problem = _unmount(entry.mountpoint)
+        until = time.monotonic() + _BUSY
+        while problem == os.strerror(errno.EBUSY) and time.monotonic() < until:
+            time.sleep(_BUSY / 10)
+            problem = _unmount(entry.mountpoint)
         if problem is None:
             _wait_for(daemon)
             return

@@ -80,7 +80,7 @@ class Operations(pyfuse3.Operations):
         self.answered = trio.Event()
         self._pace_of_syncs = Pace()
         self._pace_of_reads = Pace()
-        self.advice = Advice(tree.path)
+        self.advice = Advice(tree.path, writeback=writeback)
         self._listings: dict[int, list[tuple[int, bytes]]] = {}
         self._serial = 0
 
@@ -269,7 +269,7 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_TRUNC:
                 await self.gate.to_change(node)
                 self._cut_at_open(node, ctx)
-            self.advice.opens(node, ctx.pid)
+            self.advice.opens(node, flags)
             return self._opened(node, flags)
         except BaseException:
             self._files.detach(node)

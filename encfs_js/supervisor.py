@@ -34,6 +34,7 @@ log: Final = logging.getLogger("encfs_js")
 _TURN: Final = 0.25  # seconds
 _OVERSLEPT: Final = 1.0
 _AGAIN: Final = 0.5  # seconds until a busy mount is tried again
+_SOON: Final = 0.05  # the same after the first try: the advisor may have closed its file by then
 _DRAIN: Final = 2.0  # seconds in which the worker writes what sync(2) has the kernel hand to it
 _MOST_BUGS: Final = 100
 
@@ -52,6 +53,7 @@ class Supervisor:
         self._passed = fuse >= 0  # somebody else has mounted it
         self._synced = False
         self._asked = 0  # to stop: how often
+        self._busy = 0  # how often it could not be unmounted since
         self._unmounting = -1  # a pidfd
         self._next_try = self._next_sign = 0.0
         self._bugs = 0
@@ -138,6 +140,7 @@ class Supervisor:
 
     def _on_signal(self, _number: int, _frame: object) -> None:
         self._asked += 1
+        self._busy = 0
         self._next_try = 0.0
 
     def _unmount(self) -> None:
@@ -175,9 +178,10 @@ class Supervisor:
         if status == 0:
             self._asked = 0
             return
-        if self._next_try == 0.0:
+        self._busy += 1
+        if self._busy == 2:
             log.warning("%s is busy: it will be unmounted when the last file is closed", self._mountpoint)
-        self._next_try = time.monotonic() + _AGAIN
+        self._next_try = time.monotonic() + (_AGAIN if self._busy > 1 else _SOON)
 
     # -- commands
 

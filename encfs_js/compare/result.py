@@ -19,8 +19,8 @@ Better = Literal["more", "less"]
 Kind = Literal["plain", "server", "mount", "reference"]
 # What became of an attack. refused: it did not start, or nothing of what was attacked was served; an error or a log line says so,
 # and nothing was destroyed. detected: the rest was served, and an error or a log line says so. unnoticed: what is not genuine was
-# served, or data was missing, and nobody said anything. data destroyed: the software itself removed or cut what was there. A leak is
-# `found`, `partly found` or `hidden`; what came through a crash or an attack whole is `intact`. `not run`: see what was seen.
+# served, or data was missing, and nobody said anything. data destroyed: the software itself removed or cut what was there. A leak
+# is `found`, `partly found` or `hidden`; what came through a crash or an attack whole is `intact`. `not run`: see what was seen.
 Word = Literal[
     "refused", "detected", "unnoticed", "data destroyed", "hidden", "partly found", "found", "intact", "not run"
 ]
