@@ -105,35 +105,54 @@ class Advisor:
         self._mountpoint = mountpoint
         self._device = device
         self._open: dict[int, Growing] = {}
-        self.grow: set[int] = set()
+        self._grow: set[int] = set()
+        self._unborn: dict[int, tuple[bytes, float]] = {}  # paths that were not there, and until when to try
         self._step = read_ahead(device)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to look at."""
+        return bool(self._grow or self._unborn)
 
     def obey(self, word: bytes) -> None:
         """Do what the worker says. Raises OSError, NotToBeHadError."""
         what, ino = struct.unpack_from(WORD, word)
         path = word[struct.calcsize(WORD) :]
         if what == DROP:
-            self.grow.discard(ino)
+            self._grow.discard(ino)
+            self._unborn.pop(ino, None)
             if ino in self._open:
                 os.close(self._open.pop(ino).fd)
         elif what == GROW and ino in self._open:
             self._open[ino].when = time.monotonic()
-            self.grow.add(ino)
+            self._grow.add(ino)
+        elif what == GROW:
+            self._unborn[ino] = path, time.monotonic() + _IDLE
         elif (fd := opened(self._mountpoint, self._device, path, ino)) >= 0:
-            if what == GROW:
-                self._open[ino] = Growing(fd)
-                self.grow.add(ino)
-            else:
-                try:
-                    fetch(fd, self._step)
-                finally:
-                    os.close(fd)
+            try:
+                fetch(fd, self._step)
+            finally:
+                os.close(fd)
 
     def look(self) -> None:
-        """See to the files that grow. Raises OSError."""
-        for ino in list(self.grow):
-            if not self._open[ino].look():
-                self.grow.discard(ino)
+        """See to the files that grow. Raises NotToBeHadError."""
+        for ino, (path, until) in list(self._unborn.items()):
+            # We are told before the one who makes the file has his answer: until then the kernel may say that there is none.
+            try:
+                fd = opened(self._mountpoint, self._device, path, ino)
+            except OSError:
+                fd, until = -1, 0.0
+            if fd >= 0:
+                self._open[ino] = Growing(fd)
+                self._grow.add(ino)
+            if fd >= 0 or time.monotonic() > until:
+                del self._unborn[ino]
+        for ino in list(self._grow):
+            grows = False
+            with contextlib.suppress(OSError):
+                grows = self._open[ino].look()
+            if not grows:
+                self._grow.discard(ino)
 
 
 def advise(sock: socket.socket, mountpoint: bytes, device: int) -> None:
@@ -142,14 +161,14 @@ def advise(sock: socket.socket, mountpoint: bytes, device: int) -> None:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while True:
-        said = poll.poll(_LOOK_MS if advisor.grow else None)
+        said = poll.poll(_LOOK_MS if advisor.busy else None)
         word = sock.recv(LONGEST + struct.calcsize(WORD)) if said else b""
         if said and not word:
             return
-        with contextlib.suppress(OSError):
-            if word:
+        if word:
+            with contextlib.suppress(OSError):
                 advisor.obey(word)
-            advisor.look()
+        advisor.look()
 
 
 def main() -> None:
