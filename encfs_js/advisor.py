@@ -141,7 +141,8 @@ class Advisor:
             try:
                 fd = opened(self._mountpoint, self._device, path, ino)
             except OSError:
-                fd, until = -1, 0.0
+                del self._unborn[ino]
+                continue
             if fd >= 0:
                 self._open[ino] = Growing(fd)
                 self._grow.add(ino)
