@@ -34,7 +34,7 @@ _ABSENT: Final = "—"
 @click.option(
     "--report",
     metavar="DIR",
-    help="Write index.html, compare.md and compare.json into DIR; it is made if it is missing.",
+    help="Write index.html, compare.md, compare.svg and compare.json into DIR; it is made if it is missing.",
 )
 @click.option("--quick", is_flag=True, help="One round of little work: shows that it works, the figures mean little.")
 @click.option(

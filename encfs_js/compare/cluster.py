@@ -28,6 +28,8 @@ STREAM: Final = "REPLICATED"
 _SUBJECT: Final = b"replicated"
 _SIZE: Final = 512  # bytes of a message
 _TRIES: Final = 3  # with other ports each
+# Seconds. Nobody answers a question to the API of a cluster whose leader has just changed: it was seen to be lost.
+_ANSWER: Final = 3.0
 _TAKEN: Final = "address already in use"
 
 
@@ -171,8 +173,8 @@ def leader(servers: Sequence[Server], stream: str) -> Server:
     found: list[Server] = []
 
     def look() -> bool:
-        with suppress(client.ApiError):
-            info = client.request(servers[0].port, f"STREAM.INFO.{stream}")
+        with suppress(client.ApiError, TimeoutError):
+            info = client.request(servers[0].port, f"STREAM.INFO.{stream}", timeout=_ANSWER)
             name = (info.get("cluster") or {}).get("leader")
             found.extend(server for server in servers if server.name == name)
         return bool(found)
@@ -181,14 +183,23 @@ def leader(servers: Sequence[Server], stream: str) -> Server:
     return found[0]
 
 
+def _created(servers: Sequence[Server]) -> bool:
+    """Create the stream; to create it twice is no error."""
+    try:
+        client.create_stream(servers[0].port, STREAM, [_SUBJECT.decode()], _ANSWER, num_replicas=NODES)
+    except (client.ApiError, TimeoutError):
+        return False
+    return True
+
+
 def _publish(run: Run, servers: Sequence[Server], daemons: Sequence[int]) -> None:
     run.check()
     messages = run.size.replicated
     prepared = client.chunks([_SUBJECT], messages, client.bodies(_SIZE))
-    client.create_stream(servers[0].port, STREAM, [_SUBJECT.decode()], num_replicas=NODES)
+    processes.until(lambda: _created(servers), f"an answer to STREAM.CREATE.{STREAM}", pause=0.02)
     leads = leader(servers, STREAM)
     pids = [server.pid for server in servers]
-    os.sync()
+    clocks.sync()
     before = clocks.written(run.store.root)
     with client.connected(leads.port) as connection:
         connection.subscribe(client.ACKS, 1)
@@ -201,7 +212,7 @@ def _publish(run: Run, servers: Sequence[Server], daemons: Sequence[int]) -> Non
         pause=0.02,
     )
     run.spent("cluster", cost, pids, daemons)
-    os.sync()
+    clocks.sync()
     run.add("cluster", rate=messages / cost.wall)
     run.latencies("cluster", latencies)
     if before is not None and (after := clocks.written(run.store.root)) is not None:

@@ -42,8 +42,8 @@ class Interrupt:
 def taken() -> Iterator[Interrupt]:
     """Take SIGNALS for the length of the block (in the main thread), and give them back, unless one came.
 
-    Then the process is about to end, and one more signal must not change how. Raises KeyboardInterrupt at the end for one that
-    came after `raising`.
+    Then the process is about to end, and ignores them to its last moment: one more must not change how. Raises
+    KeyboardInterrupt at the end for one that came after `raising`.
     """
     interrupt = Interrupt()
     # A handler of Python's, not SIG_IGN: whatever is started meanwhile does not inherit it.
@@ -51,7 +51,7 @@ def taken() -> Iterator[Interrupt]:
     try:
         yield interrupt
     finally:
-        for number, handler in before.items() if not interrupt.came else ():
-            signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if interrupt.came else handler)
     if interrupt.came:
         raise KeyboardInterrupt

@@ -38,16 +38,16 @@ Figures = dict[str, dict[str, float]]  # by work, by measure
 class Size:
     """How much of everything: messages, unless it says otherwise."""
 
-    small: int = 300_000  # of 64 bytes
-    usual: int = 300_000  # of 512 bytes
-    page: int = 40_000  # of 4 KiB
-    large: int = 2_500  # of 64 KiB
-    one: int = 3_000
-    always: int = 1_500
-    puts: int = 20_000
-    gets: int = 3_000
-    purged: int = 100_000
-    replicated: int = 30_000
+    small: int = 600_000  # of 64 bytes
+    usual: int = 600_000  # of 512 bytes
+    page: int = 120_000  # of 4 KiB
+    large: int = 8_000  # of 64 KiB
+    one: int = 15_000
+    always: int = 3_000
+    puts: int = 60_000
+    gets: int = 6_000
+    purged: int = 200_000
+    replicated: int = 100_000
 
 
 QUICK: Final = Size(
@@ -138,7 +138,7 @@ def _publish(
     payloads = client.bodies(size)
     prepared = client.chunks([subject], messages, payloads)
     client.create_stream(server.port, stream, [subject.decode()], allow_direct=True, duplicate_window=_DUPLICATES)
-    os.sync()
+    clocks.sync()
     before = clocks.written(run.store.root)
     with client.connected(server.port) as connection:
         connection.subscribe(client.ACKS, 1)
@@ -148,7 +148,7 @@ def _publish(
     if (count := client.stored(server.port, stream)) != messages:
         raise RunError(f"the stream has {count} of {messages} messages: the rest was lost")
     with clocks.measured() as rest:
-        os.sync()
+        clocks.sync()
     run.add(work, rate=messages / cost.wall, synced=messages / (cost.wall + rest.wall))
     run.latencies(work, latencies)
     if before is not None and (after := clocks.written(run.store.root)) is not None:
@@ -169,7 +169,7 @@ def stream(run: Run) -> None:
     messages, size = published(run.size, "publish-512")
     with run.serving() as (server, daemon):
         payloads = _publish(run, server, daemon, "publish-512", "BENCH", b"bench.load", messages, size)
-    os.sync()
+    clocks.sync()
     run.on_disk("publish-512", messages * size)
     with mounted(run.store) as daemon:
         server = run.store.server(run.program)
@@ -182,7 +182,7 @@ def stream(run: Run) -> None:
             with client.connected(server.port) as connection:
                 connection.subscribe(client.ACKS, 1)
                 client.publish(connection, more, WINDOW, last=messages)
-            os.sync()
+            clocks.sync()
             server.kill()
             _restart(run, server, daemon, "restart-kill", messages + len(payloads))
             server.stop()
@@ -269,7 +269,7 @@ def _each(
     run: Run, server: Server, daemon: Daemon, work: str, stream: str, prepared: Sequence[bytes], window: int
 ) -> None:
     """Publish messages that each ask for an ack, and keep what it came to."""
-    os.sync()
+    clocks.sync()
     with client.connected(server.port) as connection:
         connection.subscribe(client.ACKS, 1)
         client.publish_each(connection, prepared[: len(prepared) // 20], window)  # the first of a stream do more
@@ -295,7 +295,7 @@ def _purge(run: Run, server: Server, daemon: Daemon) -> None:
         connection.subscribe(client.ACKS, 1)
         prepared = client.chunks([b"purged.a", b"purged.b", b"purged.c"], messages, payloads)
         client.publish(connection, prepared, WINDOW)
-    os.sync()
+    clocks.sync()
     full = _blocks(server, "PURGED")
     before = clocks.written(run.store.root)
     with clocks.measured([server.pid], daemon.pids) as cost:
@@ -306,7 +306,7 @@ def _purge(run: Run, server: Server, daemon: Daemon) -> None:
         processes.until(
             lambda: _blocks(server, "PURGED") < full * 0.7, "the server compacts what was purged", pause=0.05
         )
-        os.sync()
+        clocks.sync()
     if (count := client.stored(server.port, "PURGED")) != messages // 3:
         raise RunError(f"after the purge there are {count} of {messages // 3} messages")
     run.spent("purge", cost, [server.pid], daemon.pids)

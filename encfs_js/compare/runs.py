@@ -32,11 +32,12 @@ GIVEN_UP: Final = 2  # failures of a mode in a scenario after which it is not ru
 GENERATOR: Final = "load generator"  # what a Failure names as the mode when a ceiling could not be measured
 MOUNT: Final = "mount"  # the work that a Failure names when a mode cannot be used at all
 _LOG_LINES: Final = 8  # of each log that a failure shows
-# Seconds that things take, quick and full, as far as the progress is concerned.
-_PROBE: Final = 0.7
-_CEILING: Final = (0.06, 0.4)
-_TAKES: Final = {"publish": (1, 9), "stream": (1.8, 9), "single": (1.9, 8), "always": (0.8, 5), "cluster": (3.5, 8)}
-_ATTACK: Final = (0.6, 0.8)
+# Seconds that things take, quick and full, as far as the progress is concerned; the outside references take longer.
+_PROBE: Final = 0.8
+_CEILING: Final = (0.06, 0.2)
+_TAKES: Final = {"publish": (0.6, 8), "stream": (0.9, 9), "single": (1.1, 5), "always": (0.5, 2), "cluster": (2, 4)}
+_REFERENCE: Final = (3, 5)  # times as long
+_ATTACK: Final = (0.55, 0.7)
 # What a broken server or daemon can make of an answer: all of it is a run that failed, and no reason to end the others.
 _PROBLEMS: Final = (RunError, OSError, ValueError, LookupError, subprocess.SubprocessError)
 
@@ -109,9 +110,13 @@ def plan(course: Course) -> None:
     course.total = (
         _PROBE * len(MODES)
         + _CEILING[kind] * len(ceiling.WORKS) * _repetitions(course)
-        + sum(_TAKES[scenario][kind] for _, scenario, _ in order(course.chosen, course.rounds))
+        + sum(_takes(course, scenario, mode) for _, scenario, mode in order(course.chosen, course.rounds))
         + _ATTACK[kind] * len(attacks.rows(quick=course.quick)) * len(course.chosen)
     )
+
+
+def _takes(course: Course, scenario: str, mode: Mode) -> float:
+    return _TAKES[scenario][course.kind] * (_REFERENCE[course.kind] if mode.kind == "reference" else 1)
 
 
 def _repetitions(course: Course) -> int:
@@ -162,7 +167,7 @@ def measure(course: Course) -> None:
                 failed[scenario, mode.name] = failed.get((scenario, mode.name), 0) + 1
                 if failed[scenario, mode.name] == GIVEN_UP and number < course.rounds:
                     course.given_up.append(f"{mode.name} ({scenario})")
-        course.done += _TAKES[scenario][course.kind]
+        course.done += _takes(course, scenario, mode)
 
 
 def _run(course: Course, number: int, scenario: str, mode: Mode) -> bool:
