@@ -21,7 +21,7 @@ from typing import Final
 WORD: Final = "<BQ"  # what, inode; a path follows
 GROW, DROP, FETCH = 1, 2, 3
 LONGEST: Final = 4096  # bytes of a path
-# 340 MB/s, the most that was seen, are 1 MiB, the largest request that FUSE makes, in 3 ms. Saturated publish of 512 bytes, aes, of
+# 340 MB/s, the most that was seen, are 1 MiB, the largest request that FUSE makes, in 3 ms. Saturated publish, 512 bytes, aes, of
 # plain: 0.79 with 1 MiB and a look every 2 ms; 0.77 with 1 MiB and 4 ms; 0.76 with 2 MiB and 4 ms; 0.72 without any of it.
 STEP: Final = 1 << 20  # bytes
 MOST: Final = 16 << 20  # bytes that are fetched of one file; nats-server's largest block has 8 MiB

@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mounts
+import msgspec
 import pytest
 from compare_sample import full
 
@@ -313,13 +314,16 @@ def test_a_report_replaces_its_own_files_only(tmp_path: Path) -> None:
     assert (directory / "index.html").read_bytes() != old
     assert result.decode((directory / "compare.json").read_bytes()) == full(rounds=2)
     assert stat.S_IMODE((directory / "index.html").stat().st_mode) & 0o400
+    report.write(msgspec.structs.replace(full(), figures=[]), str(directory))
+    assert not (directory / report.FIGURE).exists(), "there is no figure now, and the old one is of another comparison"
+    assert (directory / "notes.txt").read_text() == "mine"
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jinja2", reason="pip install 'encfs-js[compare]'")
     pytest.importorskip("matplotlib", reason="pip install 'encfs-js[compare]'")
     report.write(full(), str(tmp_path))
-    old = {name: (tmp_path / name).read_bytes() for name in report.NAMES}
+    old = {name: (tmp_path / name).read_bytes() for name in (*report.NAMES, report.FIGURE)}
     calls: list[int] = []
 
     def refused(_: int) -> None:
@@ -343,12 +347,13 @@ def test_the_ceiling_of_each_work(work: str) -> None:
     assert processes.family(os.getpid()) == before, "the sink has ended"
 
 
-def test_a_sink_that_ends_too_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     before = processes.family(os.getpid())
     lengths = list(loads.singles(TINY.one))
-    # One message more is sent than the sink expects: it stops answering, and the load generator notices the end.
+    # The sink expects more bytes than come: it never answers, and the load generator notices.
     monkeypatch.setattr(loads, "singles", lambda _: lengths)
-    monkeypatch.setattr(client, "_TIMEOUT", 1.0)
+    connected = client.connected
+    monkeypatch.setattr(client, "connected", lambda port: connected(port, 1.0))
     short = ceiling.Job
     monkeypatch.setattr(
         ceiling, "Job", lambda stream, sizes, numbers, **rest: short(stream, [9999] * len(sizes), numbers, **rest)
@@ -503,6 +508,34 @@ def test_a_mode_that_cannot_be_mounted_is_left_out(
     plain = figure_of(found.figures, "publish-always", "rate", "plain")
     assert ours.ratio is not None
     assert ours.ratio.values == [ours.value.values[0] / plain.value.values[0]]
+
+
+GOCRYPTFS = BY_NAME["gocryptfs"]
+
+
+@pytest.mark.mount
+@pytest.mark.skipif(bool(modes.missing(GOCRYPTFS)), reason=modes.missing(GOCRYPTFS) or "-")
+def test_a_mount_that_is_busy_for_a_moment_is_unmounted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = modes.create(GOCRYPTFS, str(tmp_path / "run"))
+    busy: list[str] = []
+    call = processes.call
+
+    def watched(command: Sequence[str], *rest: Any, **more: Any) -> str:
+        try:
+            return call(command, *rest, **more)
+        except processes.RefusedError as problem:
+            busy.append(problem.said)
+            held.close()
+            raise
+
+    with modes.mounted(store):
+        held = Path(store.directory, "file").open("w")  # noqa: SIM115  closed by `watched`
+        monkeypatch.setattr(processes, "call", watched)
+    assert len(busy) == 1
+    assert "busy" in busy[0]
+    assert not [entry for entry in mounts.mount_entries() if entry.mountpoint.startswith(str(tmp_path))]
 
 
 def kill_the_server(store: str) -> None:

@@ -38,8 +38,8 @@ class ApiError(RunError):
 class Connection:
     """A socket to a server on 127.0.0.1, after the CONNECT handshake."""
 
-    def __init__(self, port: int, timeout: float = _TIMEOUT) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+    def __init__(self, port: int, timeout: float | None = None) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout or _TIMEOUT)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
@@ -120,7 +120,7 @@ def _answer(what: str, headers: bytes, payload: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def connected(port: int, timeout: float = _TIMEOUT) -> Iterator[Connection]:
+def connected(port: int, timeout: float | None = None) -> Iterator[Connection]:
     """Yield a connection and close it. timeout: seconds without a word from the server, after which TimeoutError is raised."""
     connection = Connection(port, timeout)
     try:
@@ -129,13 +129,13 @@ def connected(port: int, timeout: float = _TIMEOUT) -> Iterator[Connection]:
         connection.close()
 
 
-def request(port: int, what: str, body: dict[str, Any] | None = None, timeout: float = _TIMEOUT) -> dict[str, Any]:
+def request(port: int, what: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
     """Ask the JetStream API on a connection of its own. Raises ApiError, and TimeoutError when there is no answer."""
     with connected(port, timeout) as connection:
         return connection.api(what, body)
 
 
-def create_stream(port: int, name: str, subjects: Sequence[str], timeout: float = _TIMEOUT, **config: Any) -> None:
+def create_stream(port: int, name: str, subjects: Sequence[str], timeout: float | None = None, **config: Any) -> None:
     """Create a stream. Raises ApiError, and TimeoutError when there is no answer."""
     body = {"name": name, "subjects": list(subjects), "num_replicas": 1} | config
     request(port, f"STREAM.CREATE.{name}", body, timeout)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from encfs_js.compare.result import Kind
 
+_BUSY: Final = 10.0  # seconds that a mount may be busy although nobody uses it any more
 OURS: Final = (sys.executable, "-m", "encfs_js")
 
 
@@ -192,7 +193,7 @@ class Daemon:
         if self.store.mode.kind == "mount":
             processes.call([*OURS, "umount", self.store.directory])
         else:
-            processes.call(["fusermount3", "-u", "--", self.store.directory])
+            processes.until(self._unmounted, f"unmounting {self.store.mode.name}", _BUSY, pause=0.05)
         try:
             code = self.process.wait(processes.PATIENCE)
         except subprocess.TimeoutExpired:
@@ -200,6 +201,16 @@ class Daemon:
         self.process = None
         if code:
             raise RefusedError(f"the daemon of {self.store.mode.name}", code, processes.tail(self.store.log))
+
+    def _unmounted(self) -> bool:
+        """Unmount; False while it is busy: gocryptfs opens a file in its own mount at its start, and may not be done with it."""
+        try:
+            processes.call(["fusermount3", "-u", "--", self.store.directory])
+        except RefusedError as problem:
+            if "busy" in problem.said:
+                return False
+            raise
+        return True
 
     def kill(self) -> None:
         """Kill the daemon, its children too, and take the mountpoint away, whatever state they are in."""

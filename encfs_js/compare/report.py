@@ -35,6 +35,9 @@ def write(found: Result, directory: str) -> None:
                 os.fsync(file.fileno())
         for path, name in zip(made, contents, strict=True):
             os.replace(path, os.path.join(directory, name))
+        if FIGURE not in contents:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, FIGURE))  # of an earlier report
     finally:
         for path in made:
             with contextlib.suppress(FileNotFoundError):
