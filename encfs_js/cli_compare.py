@@ -15,6 +15,7 @@ from encfs_js import cli_table
 from encfs_js.cli_text import plural, shown
 from encfs_js.compare import result as results
 from encfs_js.compare import rounds, summary, wording
+from encfs_js.compare.modes import MODES
 from encfs_js.errors import CompareError, StoreIoError
 
 if TYPE_CHECKING:
@@ -43,8 +44,24 @@ _ABSENT: Final = "—"
     help="Make the stores below DIR, on the file system to measure; without it, in the temporary directory.",
 )
 @click.option("--nats-server", metavar="PATH", help="Use this nats-server.")
+@click.option(
+    "--mode",
+    "only",
+    multiple=True,
+    type=click.Choice([mode.name for mode in MODES]),
+    metavar="MODE",
+    help=f"Compare only this one with plain; may be repeated. {', '.join(mode.name for mode in MODES)}.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def compare(*, report: str | None, quick: bool, store_dir: str | None, nats_server: str | None, as_json: bool) -> None:
+def compare(
+    *,
+    report: str | None,
+    quick: bool,
+    store_dir: str | None,
+    nats_server: str | None,
+    only: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Compare encfs_js with the other ways to encrypt a JetStream store.
 
     The same work, and the same attacks, on a real nats-server in each mode: a plain directory, nats-server's own encryption with
@@ -55,7 +72,7 @@ def compare(*, report: str | None, quick: bool, store_dir: str | None, nats_serv
     """
     if report is not None:
         _check_report(report)
-    options = rounds.Options(store_dir or tempfile.gettempdir(), nats_server, quick)
+    options = rounds.Options(store_dir or tempfile.gettempdir(), nats_server, quick, only)
     try:
         with _display(as_json) as show:
             found = rounds.compare(options, show)

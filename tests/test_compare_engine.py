@@ -538,6 +538,48 @@ def test_a_mount_that_is_busy_for_a_moment_is_unmounted_all_the_same(
     assert not [entry for entry in mounts.mount_entries() if entry.mountpoint.startswith(str(tmp_path))]
 
 
+WAITS = """
+import os, sys
+directory = os.open(sys.argv[1], os.O_RDONLY)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=directory)
+except OSError:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.mount
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can free others, where fusectl is not mounted")
+@pytest.mark.skipif(bool(modes.missing(GOCRYPTFS)), reason=modes.missing(GOCRYPTFS) or "-")
+@pytest.mark.parametrize("detached", [False, True])
+def test_who_waits_for_a_daemon_that_hangs_is_freed(tmp_path: Path, detached: bool) -> None:
+    store = modes.create(GOCRYPTFS, str(tmp_path / "run"))
+    daemon = modes.Daemon(store)
+    daemon.mount()
+    child = subprocess.Popen(
+        [sys.executable, "-c", WAITS, store.directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        device = next(e.minor for e in mounts.mount_entries() if e.mountpoint == store.directory)
+        os.kill(daemon.pids[0], signal.SIGSTOP)
+        if detached:
+            processes.take_away(store.directory)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.communicate("go\n", timeout=0.5)
+        processes.abort(f"0:{device}")
+        assert child.wait(mounts.PATIENCE) == 7
+    finally:
+        daemon.kill()
+        child.kill()
+        child.communicate()
+    assert mounts.entry_at(Path(store.directory)) is None
+
+
 def kill_the_server(store: str) -> None:
     """Kill the nats-server that this process has started, as soon as it has a message in the store."""
     block = Path(store, "jetstream/$G/streams/ONE/msgs/1.blk")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from encfs_js.compare.result import Kind
 
+_GOCRYPTFS_READY: Final = "Filesystem mounted and ready."
 _BUSY: Final = 10.0  # seconds that a mount may be busy although nobody uses it any more
 OURS: Final = (sys.executable, "-m", "encfs_js")
 
@@ -148,7 +149,7 @@ def _command(store: Store) -> list[str]:
     if store.mode.kind == "mount":
         return [*store.ours, "mount", store.backing, store.directory, "--foreground", *store.options]
     if store.mode.name == "gocryptfs":
-        return ["gocryptfs", "-fg", "-q", "-passfile", store.password, store.backing, store.directory]
+        return ["gocryptfs", "-fg", "-passfile", store.password, store.backing, store.directory]
     return ["securefs", "mount", "--keyfile", store.password, "--pass", "", store.backing, store.directory]
 
 
@@ -159,6 +160,7 @@ class Daemon:
         self.store = store
         self.process: subprocess.Popen[bytes] | None = None
         self._below = os.stat(store.directory).st_dev
+        self._device = ""
 
     @property
     def pids(self) -> list[int]:
@@ -176,7 +178,7 @@ class Daemon:
         at = os.path.getsize(store.log) if os.path.exists(store.log) else 0
         self.process = processes.start(_command(store), store.log, added)
         deadline = time.monotonic() + processes.PATIENCE
-        while os.stat(store.directory).st_dev == self._below:
+        while not self._ready(at):
             if (code := self.process.poll()) is not None:
                 self.process = None
                 with open(store.log, encoding="utf-8", errors="replace") as file:
@@ -185,6 +187,18 @@ class Daemon:
             if time.monotonic() > deadline:
                 raise RunError(f"{store.mode.name} did not mount within {processes.PATIENCE:.0f} s")
             time.sleep(0.005)
+
+    def _ready(self, at: int) -> bool:
+        """Whether it serves. at: where its log ended before.
+
+        gocryptfs reads a file of its own mount first. Who unmounts before that is over, and kills it, makes it wait for itself
+        for ever, and SIGKILL does not end that.
+        """
+        device = os.stat(self.store.directory).st_dev
+        if device == self._below:
+            return False
+        self._device = f"{os.major(device)}:{os.minor(device)}"
+        return self.store.mode.name != "gocryptfs" or _GOCRYPTFS_READY in processes.text(self.store.log, at)
 
     def unmount(self) -> None:
         """Unmount cleanly and wait for the daemon's end. Raises RunError."""
@@ -203,7 +217,7 @@ class Daemon:
             raise RefusedError(f"the daemon of {self.store.mode.name}", code, processes.tail(self.store.log))
 
     def _unmounted(self) -> bool:
-        """Unmount; False while it is busy: gocryptfs opens a file in its own mount at its start, and may not be done with it."""
+        """Unmount; False while it is busy: somebody may have looked into it at this moment, a daemon itself at its start."""
         try:
             processes.call(["fusermount3", "-u", "--", self.store.directory])
         except RefusedError as problem:
@@ -217,7 +231,7 @@ class Daemon:
         if self.process is None:
             return
         family = processes.family(self.process.pid)
-        processes.kill(self.process, self.store.directory)
+        processes.kill(self.process, self.store.directory, self._device)
         for pid in family[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 PATIENCE: Final = 60.0  # seconds after which something that should happen is called hung
 _PR_SET_CHILD_SUBREAPER: Final = 36
+# System calls of Linux 5.2, with one number on every architecture, and their constants.
+_FSOPEN: Final = 430
+_FSCONFIG: Final = 431
+_FSMOUNT: Final = 432
+_FSCONFIG_CMD_CREATE: Final = 6
+_CLOEXEC: Final = 1
 _GRACE: Final = 5.0  # seconds that a process has to end by itself
 
 
@@ -71,7 +77,7 @@ def clear(root: str, keep: set[int]) -> None:
     """End every descendant that is not one of `keep`, take away every mount below `root`, and remove it."""
     below = [entry for entry in mounts.mounts() if entry.mountpoint.startswith(f"{root}/")]
     for entry in below:
-        _abort(entry.device)
+        abort(entry.device)
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + _GRACE
         while (left := set(family(os.getpid())) - keep) and time.monotonic() < deadline:
@@ -101,13 +107,43 @@ def _reap(pids: set[int]) -> None:
             os.waitpid(pid, os.WNOHANG)
 
 
-def _abort(device: str) -> None:
-    """Free whoever waits for a FUSE mount: his request fails."""
-    with (
-        suppress(OSError),
-        open(f"/sys/fs/fuse/connections/{device.split(':')[1]}/abort", "w", encoding="ascii") as file,
-    ):
-        file.write("1")
+def abort(device: str) -> None:
+    """Free whoever waits for a FUSE mount: his request fails. device: "major:minor"; the mount may be detached already."""
+    with suppress(OSError):
+        connections = _connections()
+        try:
+            file = os.open(f"{device.split(':')[1]}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=connections)
+            try:
+                os.write(file, b"1")
+            finally:
+                os.close(file)
+        finally:
+            os.close(connections)
+
+
+def _connections() -> int:
+    """Open the directory of the kernel's FUSE connections. Raises OSError.
+
+    Where the system has not mounted it, root gets it all the same: as a mount of its own that is in no directory, and is gone
+    when it is closed.
+    """
+    usual = "/sys/fs/fuse/connections"
+    if os.listdir(usual):
+        return os.open(usual, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    context = _system_call(_FSOPEN, b"fusectl", _CLOEXEC)
+    try:
+        _system_call(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _system_call(_FSMOUNT, context, _CLOEXEC, 0)
+    finally:
+        os.close(context)
+
+
+def _system_call(number: int, *arguments: int | bytes | None) -> int:
+    done: int = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
+    if done < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return done
 
 
 def environment(added: Mapping[str, str]) -> dict[str, str]:
@@ -168,17 +204,20 @@ def stop(process: subprocess.Popen[bytes], what: str, patience: float = PATIENCE
         raise RunError(f"{what} did not end within {patience:.0f} s of SIGTERM") from None
 
 
-def kill(process: subprocess.Popen[bytes], mountpoint: str = "") -> None:
-    """End a process with SIGKILL, whatever state it is in; one that a hung mount holds is freed first."""
+def kill(process: subprocess.Popen[bytes], mountpoint: str = "", device: str = "") -> None:
+    """End a process with SIGKILL, whatever state it is in.
+
+    One that a hung mount holds is freed: the mount at `mountpoint`, or, also when it is detached already, that of `device`.
+    """
     if process.poll() is not None:
         return
     process.kill()
     try:
         process.wait(_GRACE)
     except subprocess.TimeoutExpired:
-        for entry in mounts.mounts():
-            if mountpoint and entry.mountpoint == mountpoint:
-                _abort(entry.device)
+        there = [entry.device for entry in mounts.mounts() if mountpoint and entry.mountpoint == mountpoint]
+        for each in {*there, device} - {""}:
+            abort(each)
         process.wait(PATIENCE)
 
 
@@ -191,11 +230,12 @@ def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE, 
         time.sleep(pause)
 
 
-def text(path: str) -> str:
-    """Return what a log holds, "" where there is none."""
+def text(path: str, at: int = 0) -> str:
+    """Return what a log holds, from a byte on; "" where there is none."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        with open(path, "rb") as file:
+            file.seek(at)
+            return file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from encfs_js import __version__
 from encfs_js.compare import clocks, cluster, figures, interrupt, loads, machine, modes, processes, runs, server
-from encfs_js.compare.modes import MODES
+from encfs_js.compare.modes import MODES, PLAIN
 from encfs_js.compare.result import FORMAT, Result
 from encfs_js.compare.result import Mode as Shown
 from encfs_js.errors import StoreIoError
@@ -30,11 +30,15 @@ _HINT: Final = "Name a directory on the file system that is to be measured: --st
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare. store_dir: where the stores are made; program: the nats-server, None for the usual places."""
+    """What to compare. store_dir: where the stores are made; program: the nats-server, None for the usual places.
+
+    only: the names of modes beside plain; none for all there are.
+    """
 
     store_dir: str
     program: str | None = None
     quick: bool = False
+    only: tuple[str, ...] = ()
 
 
 def compare(options: Options, show: Callable[[Progress], None]) -> Result:
@@ -45,8 +49,9 @@ def compare(options: Options, show: Callable[[Progress], None]) -> Result:
     """
     began, made = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     program = server.find(options.program)
-    absent = {mode.name: why for mode in MODES if (why := modes.missing(mode))}
-    chosen = [mode for mode in MODES if mode.name not in absent]
+    wanted = [mode for mode in MODES if not options.only or mode.name in options.only or mode is PLAIN]
+    absent = {mode.name: why for mode in wanted if (why := modes.missing(mode))}
+    chosen = [mode for mode in wanted if mode.name not in absent]
     directory = suitable(options.store_dir, loads.QUICK if options.quick else loads.Size())
     where = machine.look(directory, program, chosen)
     with interrupt.taken() as signals, processes.scratch(directory) as root, signals.raising():
@@ -76,7 +81,7 @@ def compare(options: Options, show: Callable[[Progress], None]) -> Result:
         notes=notes(course, where.load_before, works, cold=cold, counted=counted),
         modes=[
             Shown(mode.name, mode.title, mode.kind, mode.cipher, mode.name in have, _why(course, mode.name, have))
-            for mode in MODES
+            for mode in wanted
         ],
         works=works,
         measures=list(figures.MEASURES),

@@ -31,6 +31,7 @@ FEWER: Final = 3  # rounds of the cluster, and of the outside references, which 
 GIVEN_UP: Final = 2  # failures of a mode in a scenario after which it is not run again
 GENERATOR: Final = "load generator"  # what a Failure names as the mode when a ceiling could not be measured
 MOUNT: Final = "mount"  # the work that a Failure names when a mode cannot be used at all
+_REPETITIONS: Final = 3  # of each ceiling
 _LOG_LINES: Final = 8  # of each log that a failure shows
 # Seconds that things take, quick and full, as far as the progress is concerned; the outside references take longer.
 _PROBE: Final = 0.8
@@ -109,7 +110,7 @@ def plan(course: Course) -> None:
     kind = course.kind
     course.total = (
         _PROBE * len(MODES)
-        + _CEILING[kind] * len(ceiling.WORKS) * _repetitions(course)
+        + _CEILING[kind] * len(ceiling.WORKS) * _REPETITIONS
         + sum(_takes(course, scenario, mode) for _, scenario, mode in order(course.chosen, course.rounds))
         + _ATTACK[kind] * len(attacks.rows(quick=course.quick)) * len(course.chosen)
     )
@@ -117,10 +118,6 @@ def plan(course: Course) -> None:
 
 def _takes(course: Course, scenario: str, mode: Mode) -> float:
     return _TAKES[scenario][course.kind] * (_REFERENCE[course.kind] if mode.kind == "reference" else 1)
-
-
-def _repetitions(course: Course) -> int:
-    return 1 if course.quick else 3
 
 
 def probe(course: Course) -> None:
@@ -145,9 +142,9 @@ def _mount(store: Store) -> None:
 def ceilings(course: Course) -> dict[str, Spread]:
     """Measure what the load generator alone can do; return the rates by work."""
     found: dict[str, list[float]] = {work: [] for work in ceiling.WORKS}
-    for repetition in range(1, _repetitions(course) + 1):
+    for repetition in range(1, _REPETITIONS + 1):
         for work in ceiling.WORKS:
-            course.begin(f"the load generator alone, {repetition} of {_repetitions(course)}: {work}")
+            course.begin(f"the load generator alone, {repetition} of {_REPETITIONS}: {work}")
             try:
                 found[work].append(ceiling.rate(work, course.size))
             except _PROBLEMS as problem:

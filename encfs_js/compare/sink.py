@@ -4,8 +4,9 @@ It is told what is going to come (`Job`, as JSON on stdin), prints its port, and
 receives it counts and throws away; it looks at bytes only for the handshake and for API requests. So what a load comes to here is
 what the load generator and the loopback can do at most.
 
-What it costs itself: a recv of up to 1 MiB and a comparison for each answer. It has a core of its own where there are two, as a
-server would; on one core the ceiling that it shows is too low by what it takes. A replay it sends from ready-made bytes.
+What it costs itself: a recv of up to 1 MiB and a comparison for each answer. Beside a load generator that has several messages in
+flight it has a core of its own where there are two, as a server would; on one core the ceiling that it shows is too low by what it
+takes. To one that waits for each answer it is on the same core (see `ceiling`). A replay it sends from ready-made bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Final
 import msgspec
 
 _BUFFER: Final = 1 << 20  # bytes
-_SPINS: Final = 2000 if (os.cpu_count() or 1) > 1 else 1  # about 1 ms
+_SPINS: Final = 2000 if len(os.sched_getaffinity(0)) > 1 else 1  # about 1 ms
 _AT_ONCE: Final = 256  # messages that a replay sends with one call
 _INFO: Final = b'INFO {"server_name":"sink","version":"0.0.0","proto":1,"headers":true,"max_payload":8388608}\r\n'
 
