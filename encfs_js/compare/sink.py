@@ -5,8 +5,8 @@ receives it counts and throws away; it looks at bytes only for the handshake and
 what the load generator and the loopback can do at most.
 
 What it costs itself: a recv of up to 1 MiB and a comparison for each answer. Beside a load generator that has several messages in
-flight it has a core of its own where there are two, as a server would; on one core the ceiling that it shows is too low by what it
-takes. To one that waits for each answer it is on the same core (see `ceiling`). A replay it sends from ready-made bytes.
+flight it has a core of its own where there are two, as a server would; on one core the ceiling that it shows is too low by what
+it takes. To one that waits for each answer it is on the same core (see `ceiling`). A replay it sends from ready-made bytes.
 """
 
 from __future__ import annotations
