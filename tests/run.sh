@@ -21,11 +21,17 @@ if [ $# -gt 0 ]; then
     tests --basetemp "$scratch/pytest" "$@"
     exit
 fi
-# All of them: what needs no mount runs beside what does, which mostly waits for other processes.
-tests --basetemp "$scratch/alone" -m 'not mount' >"$scratch/alone.log" 2>&1 &
-alone=$!
+# All of them: what needs no mount, and then the comparison, runs beside what does, which mostly waits for other processes.
+beside() {
+    local code=0
+    tests --basetemp "$scratch/alone" -m 'not mount' || code=$?
+    tests --basetemp "$scratch/compare" -m mount tests/test_compare*.py || code=$?
+    return "$code"
+}
+beside >"$scratch/beside.log" 2>&1 &
+beside=$!
 code=0
-tests --basetemp "$scratch/pytest" -m mount || code=$?
-wait "$alone" || code=$?
-cat "$scratch/alone.log"
+tests --basetemp "$scratch/pytest" -m mount --ignore-glob 'tests/test_compare*.py' || code=$?
+wait "$beside" || code=$?
+cat "$scratch/beside.log"
 exit "$code"
