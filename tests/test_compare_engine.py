@@ -843,3 +843,9 @@ def test_without_a_terminal_there_is_a_line_for_each_step_and_a_table(
     assert "This was a quick run: the figures mean little." in out
     row = next(line for line in out.splitlines() if "publish, every message synced (rate)" in line)
     assert "/s" in row
+
+
+def test_titles_fit_beside_each_other() -> None:
+    """The figure of the README has five of them in a row."""
+    works = figures.works(loads.Size(), cold=True, ceilings={})
+    assert max(len(work.title) for work in works) <= 26

@@ -108,7 +108,7 @@ def works(size: Size, *, cold: bool, ceilings: dict[str, Spread]) -> list[Work]:
         "kv": ("key-value puts", f"{size.puts:,} puts of 128 bytes to 1,000 keys, history 5, 16 at a time."),
         "purge": ("purge by subject", _purged(size.purged)),
         "publish-always": (
-            "publish, every message synced",
+            "publish, each synced",
             f"{size.always:,} messages of 512 bytes one at a time, to a server with sync_interval: always.",
         ),
         "cluster": (
