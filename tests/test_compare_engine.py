@@ -841,7 +841,7 @@ def test_without_a_terminal_there_is_a_line_for_each_step_and_a_table(
     assert "encfs-js: round 1 of 1: always, server aes" in lines
     assert all(line.startswith("encfs-js: ") for line in lines)
     assert "This was a quick run: the figures mean little." in out
-    row = next(line for line in out.splitlines() if "publish, every message synced (rate)" in line)
+    row = next(line for line in out.splitlines() if "publish, each synced (rate)" in line)
     assert "/s" in row
 
 
