@@ -38,6 +38,7 @@ log: Final = logging.getLogger("encfs_js")
 BULK: Final = 512 << 10  # bytes
 RECENT: Final = 1.0  # seconds: how long a directory counts as written or read in bulk
 MOST: Final = 1000  # directories that are remembered; then those of long ago are forgotten
+_END: Final = 1.0  # seconds that its end may take
 _BLOCK: Final = re.compile(rb"([1-9][0-9]{0,18})\.blk")
 
 
@@ -85,6 +86,16 @@ class Advice:
                 ours.close()
                 return
         self._sock = ours
+
+    def end(self) -> None:
+        """End the advisor, when the mount is gone and it can wait for nothing: who adopts it might never reap it."""
+        if self._process is not None:
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END)
+        if self._sock is not None:
+            self._sock.close()
+        self._sock = self._process = None
 
     def wrote(self, node: Node, size: int) -> None:
         """Note that the kernel handed over `size` bytes of a file."""

@@ -83,6 +83,7 @@ def serve(world: World, sock: socket.socket, memory: mmap.mmap, fuse: int, init:
         log.critical("%s: the worker has failed", world.options["mountpoint"], exc_info=True)
         raise
     pyfuse3.close(unmount=False)
+    operations.advice.end()
     wire.send(sock, {"is": "unmounted"})
     world.files.close_all()
 

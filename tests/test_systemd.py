@@ -722,12 +722,12 @@ def check_what_stayed(world: World) -> None:
 
 @marked
 def test_sandbox(world: World) -> None:
-    """No capability, its own user, a mount namespace without /dev/fuse: of supervisor, worker and standby alike."""
+    """No capability, its own user, a mount namespace without /dev/fuse: of supervisor, worker, standby and advisor alike."""
     world.run("systemctl", "start", ENCFS)
     mounts.until(lambda: status(world)["standby"], "the standby")
     uid = world.run("id", "-u", "encfs-js").stdout.strip()
+    mounts.until(lambda: len(world.processes(ENCFS)) == 4, "supervisor, worker, standby and advisor")
     processes = world.processes(ENCFS)
-    assert len(processes) == 3, processes
     for pid in processes:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         facts = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}

@@ -175,7 +175,7 @@ def test_the_tpm_opens_the_store(world: World, chip: Swtpm) -> None:
     secret = world.path(PASSWORDS).read_text().strip().partition("=")[2].encode()
     assert len(secret) > 40
     uid = world.run("id", "-u", "encfs-js").stdout.strip()
-    mounts.until(lambda: len(world.processes(ENCFS)) == 3, "supervisor, worker and standby")
+    mounts.until(lambda: len(world.processes(ENCFS)) == 4, "supervisor, worker, standby and advisor")
     for pid in world.processes(ENCFS):
         environ = Path(f"/proc/{pid}/environ").read_bytes()
         assert b"STATE_DIRECTORY=" in environ
