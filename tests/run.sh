@@ -22,17 +22,19 @@ if [ $# -gt 0 ]; then
     exit
 fi
 # All of them in two processes, which mostly wait for others: what needs no mount, and then some of what does, beside the rest.
-later=(tests/test_compare*.py tests/test_takeover*.py tests/test_v*.py tests/test_w*.py)
+comparison=(tests/test_compare*.py)
+later=(tests/test_takeover*.py tests/test_v*.py tests/test_w*.py)
 beside() {
     local code=0
     tests --basetemp "$scratch/alone" -m 'not mount' || code=$?
+    tests --basetemp "$scratch/compare" -m mount "${comparison[@]}" || code=$?
     tests --basetemp "$scratch/later" -m mount "${later[@]}" || code=$?
     return "$code"
 }
 beside >"$scratch/beside.log" 2>&1 &
 beside=$!
 code=0
-tests --basetemp "$scratch/pytest" -m mount "${later[@]/#/--ignore=}" || code=$?
+tests --basetemp "$scratch/pytest" -m mount "${comparison[@]/#/--ignore=}" "${later[@]/#/--ignore=}" || code=$?
 wait "$beside" || code=$?
 cat "$scratch/beside.log"
 exit "$code"

@@ -89,6 +89,7 @@ def _sink(job: Job) -> Iterator[int]:
         [sys.executable, "-m", "encfs_js.compare.sink"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # one that is ended while it starts has nothing to say to anybody
         env=processes.environment({}),
         start_new_session=True,
     )

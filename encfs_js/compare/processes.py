@@ -71,6 +71,7 @@ def scratch(parent: str) -> Iterator[str]:
         yield root
     finally:
         clear(root, before)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def clear(root: str, keep: set[int]) -> None:
